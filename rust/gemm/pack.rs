@@ -1,0 +1,244 @@
+//! Packing: operands are copied into the order in which the register tile reads them.
+
+use super::Context;
+use super::line::{Line, sum_of_squares};
+use crate::isa::{Kernel, Level, Simd};
+use crate::pool;
+use crate::scalar::Real;
+use crate::scratch::Scratch;
+use crate::view::Mat;
+use std::marker::PhantomData;
+
+/// A linear combination of up to two views of one shape.
+#[derive(Clone, Copy)]
+pub(crate) struct Terms<'a> {
+    terms: [Option<(f64, Mat<'a>)>; 2],
+}
+
+impl<'a> Terms<'a> {
+    pub(crate) fn none() -> Self {
+        Terms { terms: [None, None] }
+    }
+
+    pub(crate) fn one(a: Mat<'a>) -> Self {
+        Terms { terms: [Some((1.0, a)), None] }
+    }
+
+    /// `c0·a + c1·b`
+    pub(crate) fn two(c0: f64, a: Mat<'a>, c1: f64, b: Mat<'a>) -> Self {
+        debug_assert_eq!((a.rows, a.cols), (b.rows, b.cols));
+        Terms { terms: [Some((c0, a)), Some((c1, b))] }
+    }
+
+    /// Every coefficient times `c`.
+    pub(crate) fn scaled(self, c: f64) -> Self {
+        Terms { terms: self.terms.map(|t| t.map(|(c0, a)| (c * c0, a))) }
+    }
+
+    pub(crate) fn t(self) -> Self {
+        Terms { terms: self.terms.map(|t| t.map(|(c, a)| (c, a.t()))) }
+    }
+
+    pub(crate) fn row_range(self, range: std::ops::Range<usize>) -> Self {
+        Terms { terms: self.terms.map(|t| t.map(|(c, a)| (c, a.row_range(range.clone())))) }
+    }
+
+    pub(crate) fn shape(&self) -> Option<(usize, usize)> {
+        self.terms[0].map(|(_, a)| (a.rows, a.cols))
+    }
+
+    /// The columns are the contiguous direction.
+    pub(crate) fn contiguous_down(&self) -> bool {
+        self.terms[0].is_some_and(|(_, a)| a.rs == 1 || a.cs != 1)
+    }
+
+    /// `dst ← Σ c·line`, or `+=` if `add`; lines start at `(i, j)` and run down a column or along a row.
+    ///
+    /// # Safety
+    /// The lines lie inside the views; `dst` is writable for `len` elements.
+    #[inline(always)]
+    pub(crate) unsafe fn read<T: Real>(
+        &self,
+        (i, j): (usize, usize),
+        down: bool,
+        dst: *mut T,
+        len: usize,
+        mut add: bool,
+    ) {
+        for (c, view) in self.terms.iter().flatten() {
+            let line = if down { Line::down(*view, i, j) } else { Line::along(*view, i, j) };
+            // SAFETY: the caller's.
+            unsafe {
+                if add {
+                    line.add_to(dst, len, T::of(*c));
+                } else {
+                    line.scaled(dst, len, T::of(*c));
+                }
+            }
+            add = true;
+        }
+    }
+}
+
+/// A left operand I×K in panels: for each block of `KC` reductions, for each panel of up to `MV` vectors of rows,
+/// `kc` lines of the panel's rows. Rows are padded with zeros to a whole vector.
+pub(crate) struct Packed<T> {
+    data: Scratch<T>,
+    pub(crate) rows: usize,
+    pub(crate) depth: usize,
+    /// Rows padded to whole vectors.
+    pub(crate) padded: usize,
+}
+
+impl<T: Real> Packed<T> {
+    pub(crate) fn new(cx: Context, view: Mat<'_>) -> Self {
+        struct Lanes<T>(PhantomData<T>);
+        impl<T: Real> Kernel for Lanes<T> {
+            type Out = usize;
+            #[inline(always)]
+            fn run<L: Level>(self) -> usize {
+                <T::Simd<L> as Simd<T>>::LANES
+            }
+        }
+        let lanes = cx.isa.run(Lanes::<T>(PhantomData));
+        let (rows, depth) = (view.rows, view.cols);
+        let padded = rows.next_multiple_of(lanes);
+        let mut data = Scratch::new(padded * depth);
+        let base = SendPtr(data.as_mut_ptr());
+        let blocks = depth.div_ceil(T::KC);
+        pool::for_each(cx.threads, blocks, &|b| {
+            cx.isa.run(PackLhs { view, block: b, padded, dst: base });
+        });
+        Packed { data, rows, depth, padded }
+    }
+}
+
+impl<T: Real> Packed<T> {
+    /// The panel that starts at row `i0` of the block that starts at reduction `k0`.
+    ///
+    /// # Safety
+    /// `i0` starts a panel and `k0` a block.
+    #[inline(always)]
+    pub(crate) unsafe fn panel(&self, i0: usize, k0: usize, kc: usize) -> *const T {
+        debug_assert!(k0 * self.padded + i0 * kc <= self.data.len());
+        // SAFETY: inside the buffer, by the layout above.
+        unsafe { self.data.as_ptr().add(k0 * self.padded + i0 * kc) }
+    }
+}
+
+/// A pointer whose users write disjoint parts.
+#[derive(Clone, Copy)]
+pub(crate) struct SendPtr<T>(pub(crate) *mut T);
+// SAFETY: every use states which part a thread writes.
+unsafe impl<T> Send for SendPtr<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for SendPtr<T> {}
+
+struct PackLhs<'a, T> {
+    view: Mat<'a>,
+    block: usize,
+    padded: usize,
+    dst: SendPtr<T>,
+}
+
+impl<T: Real> Kernel for PackLhs<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let lanes = <T::Simd<L> as Simd<T>>::LANES;
+        let k0 = self.block * T::KC;
+        let kc = T::KC.min(self.view.cols - k0);
+        let mut line = [T::default(); 1024];
+        debug_assert!(T::KC <= line.len());
+        let mut i0 = 0;
+        while i0 < self.padded {
+            let mr = (L::MV * lanes).min(self.padded - i0);
+            let rows = mr.min(self.view.rows - i0);
+            // SAFETY: block `block` owns `[k0·padded, (k0 + kc)·padded)` of the buffer, this panel `mr·kc` of it from
+            // `i0·kc` on; lines are inside the view.
+            unsafe {
+                let panel = self.dst.0.add(k0 * self.padded + i0 * kc);
+                if self.view.rs == 1 || self.view.cs != 1 {
+                    for k in 0..kc {
+                        let p = panel.add(k * mr);
+                        Line::down(self.view, i0, k0 + k).scaled(p, rows, T::of(1.0));
+                        for i in rows..mr {
+                            *p.add(i) = T::default();
+                        }
+                    }
+                } else {
+                    for i in 0..mr {
+                        if i < rows {
+                            Line::along(self.view, i0 + i, k0).scaled(line.as_mut_ptr(), kc, T::of(1.0));
+                        } else {
+                            line[..kc].fill(T::default());
+                        }
+                        for (k, x) in line[..kc].iter().enumerate() {
+                            *panel.add(k * mr + i) = *x;
+                        }
+                    }
+                }
+            }
+            i0 += mr;
+        }
+    }
+}
+
+/// Packs rows `k0..k0+kc`, columns `j0..j0+nj` of `rhs` into panels of `nr` columns, `KC·nr` elements each; missing
+/// columns become zero. If `sums` is given, adds each column's squares to `sums[j − j0]`.
+///
+/// # Safety
+/// The block lies inside `rhs`; `dst` is writable for `⌈nj/nr⌉·nr·KC` elements; `line` for `nj`; `sums` for `nj`.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+pub(super) unsafe fn pack_rhs<T: Real>(
+    rhs: &Terms<'_>,
+    (k0, kc): (usize, usize),
+    (j0, nj): (usize, usize),
+    nr: usize,
+    k_major: bool,
+    dst: *mut T,
+    line: *mut T,
+    sums: Option<*mut f64>,
+) {
+    let padded = nj.next_multiple_of(nr);
+    // SAFETY: panel p owns `[p·nr·KC, (p+1)·nr·KC)`; lines are inside the views.
+    unsafe {
+        if k_major {
+            for j in 0..padded {
+                let p = dst.add(j * T::KC);
+                if j < nj {
+                    rhs.read((k0, j0 + j), true, p, kc, false);
+                    if let Some(sums) = sums {
+                        *sums.add(j) += sum_of_squares(p, kc);
+                    }
+                } else {
+                    for k in 0..kc {
+                        *p.add(k) = T::default();
+                    }
+                }
+            }
+        } else {
+            for j in nj..padded {
+                *line.add(j) = T::default();
+            }
+            for k in 0..kc {
+                rhs.read((k0 + k, j0), false, line, nj, false);
+                if let Some(sums) = sums {
+                    for j in 0..nj {
+                        let x = (*line.add(j)).f64();
+                        *sums.add(j) += x * x;
+                    }
+                }
+                let mut j = 0;
+                while j < padded {
+                    let p = dst.add(j * T::KC + k * nr);
+                    for l in 0..nr {
+                        *p.add(l) = *line.add(j + l);
+                    }
+                    j += nr;
+                }
+            }
+        }
+    }
+}

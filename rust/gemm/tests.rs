@@ -1,0 +1,166 @@
+//! Every layout, element type, instruction set and epilogue against a three-line oracle in double precision.
+
+use super::*;
+use half::bf16;
+use proptest::prelude::*;
+
+/// `A·B`, the definition.
+pub(crate) fn naive(a: Mat<'_>, b: Mat<'_>) -> Vec<f64> {
+    let dot = |i, j| (0..a.cols).map(|k| a.get(i, k) * b.get(k, j)).sum();
+    (0..a.rows).flat_map(|i| (0..b.cols).map(move |j| (i, j))).map(|(i, j)| dot(i, j)).collect()
+}
+
+/// A reproducible stream of numbers in (−1, 1).
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<f64> {
+    let mut rng = crate::rng::Stream::new(seed, 0);
+    (0..len).map(|_| 2.0 * rng.uniform() - 1.0).collect()
+}
+
+fn to<E: crate::scalar::Element>(x: &[f64]) -> Vec<E> {
+    x.iter().map(|&x| E::store(x)).collect()
+}
+
+fn strides(row_major: bool, rows: usize, cols: usize, pad: usize) -> (usize, usize) {
+    if row_major { (cols + pad, 1) } else { (1, rows + pad) }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn check<W: Real, E: crate::scalar::Element>(
+    (m, n, k): (usize, usize, usize),
+    layout: u8,
+    pad: usize,
+    (alpha, beta): (f64, f64),
+    threads: usize,
+    isa: Isa,
+) {
+    let side = |bit: u8, r: usize, c: usize| strides(layout & bit != 0, r, c, pad);
+    let len = |(rs, cs): (usize, usize), r: usize, c: usize| rs * r.max(1) + cs * c.max(1);
+    let (sa, sb, sc) = (side(1, m, k), side(2, k, n), side(4, m, n));
+    let a: Vec<E> = to(&noise(1, len(sa, m, k)));
+    let b: Vec<E> = to(&noise(2, len(sb, k, n)));
+    let c0: Vec<W> = to(&noise(3, len(sc, m, n)));
+    let a = Mat::new(&a, (m, k), sa).unwrap();
+    let b = Mat::new(&b, (k, n), sb).unwrap();
+    let mut c = c0.clone();
+    let cx = Context { isa, threads };
+    gemm::<W>(cx, alpha, a, b, beta, MatMut::new(&mut c, (m, n), sc).unwrap());
+    let want = naive(a, b);
+    let tol = 4.0 * W::UNIT * (k as f64 + 4.0);
+    let mut touched = vec![false; c.len()];
+    for i in 0..m {
+        for j in 0..n {
+            let at = i * sc.0 + j * sc.1;
+            touched[at] = true;
+            let w = alpha * want[i * n + j] + beta * c0[at].f64();
+            assert!(
+                (c[at].f64() - w).abs() <= tol,
+                "{isa:?} ({i},{j}) of {m}x{n}x{k}: {} for {w}",
+                c[at].f64()
+            );
+        }
+    }
+    for (at, t) in touched.iter().enumerate() {
+        assert!(*t || c[at].f64() == c0[at].f64(), "padding at {at} was written");
+    }
+}
+
+#[test]
+fn every_small_shape_on_every_level() {
+    for isa in Isa::available() {
+        for m in [0, 1, 2, 7, 16, 17, 47, 48, 49, 65] {
+            for n in [0, 1, 5, 8, 9, 24, 25] {
+                for k in [0, 1, 3, 33] {
+                    for layout in 0..8 {
+                        check::<f32, f32>((m, n, k), layout, layout as usize % 3, (1.0, 0.0), 1, isa);
+                    }
+                    check::<f64, f64>((m, n, k), 3, 1, (-0.5, 2.0), 2, isa);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sizes_around_every_block_boundary() {
+    for isa in Isa::available() {
+        for (m, n, k) in [(97, 99, 256), (33, 121, 257), (800, 26, 40), (50, 200, 520), (769, 97, 193)] {
+            for layout in [0, 3, 5, 6] {
+                check::<f32, f32>((m, n, k), layout, 3, (1.0, 1.0), 2, isa);
+                check::<f64, f64>((m, n, k), layout, 0, (2.0, 0.0), 2, isa);
+                check::<f32, bf16>((m, n, k), layout, 0, (1.0, 0.0), 1, isa);
+                check::<f64, f32>((m, n, k), layout, 0, (1.0, 0.0), 2, isa);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn gemm_is_the_definition(
+        m in 1usize..130, n in 1usize..130, k in 0usize..300, layout in 0u8..8, pad in 0usize..4,
+        alpha in -2.0..2.0f64, beta in -2.0..2.0f64, threads in 1usize..4,
+    ) {
+        for isa in Isa::available() {
+            check::<f32, f32>((m, n, k), layout, pad, (alpha as f32 as f64, beta as f32 as f64), threads, isa);
+            check::<f64, bf16>((m, n, k), layout, pad, (alpha, beta), threads, isa);
+        }
+    }
+}
+
+#[test]
+fn beta_zero_does_not_read_and_threads_do_not_matter() {
+    let (m, n, k) = (130, 310, 290);
+    let a: Vec<f32> = to(&noise(1, m * k));
+    let b: Vec<f32> = to(&noise(2, k * n));
+    let run = |threads| {
+        let mut c = vec![f32::NAN; m * n];
+        let cx = Context { threads, ..Context::new(1) };
+        let (a, b) = (Mat::row_major(&a, m, k), Mat::row_major(&b, k, n));
+        gemm::<f32>(cx, 1.0, a, b, 0.0, MatMut::row_major(&mut c, m, n));
+        c
+    };
+    let one = run(1);
+    assert!(one.iter().all(|x| x.is_finite()));
+    for threads in 2..6 {
+        assert_eq!(one, run(threads));
+    }
+}
+
+#[test]
+fn combined_right_side_sums_and_added_terms() {
+    let (i, j, k) = (50, 70, 300);
+    let (l, x, y, e): (Vec<f32>, Vec<f32>, Vec<bf16>, Vec<f64>) =
+        (to(&noise(1, i * k)), to(&noise(2, k * j)), to(&noise(3, k * j)), to(&noise(4, i * j)));
+    for transposed in [false, true] {
+        // The same numbers through either layout of the right side.
+
+        let s = if transposed { (1, k) } else { (j, 1) };
+        let (xv, yv) = (Mat::new(&x, (k, j), s).unwrap(), Mat::new(&y, (k, j), s).unwrap());
+        let cx = Context::new(2);
+        let lhs = Packed::<f32>::new(cx, Mat::row_major(&l, i, k));
+        let mut out = vec![1.0f32; i * j];
+        let mut sums = vec![0.0; j];
+        Product {
+            lhs: &lhs,
+            rhs: Terms::two(0.5, xv, 2.0, yv),
+            out: MatMut::new(&mut out, (i, j), (1, i)).unwrap(),
+            alpha: -1.0,
+            beta: 3.0,
+            plus: Terms::one(Mat::row_major(&e, i, j)),
+            sums: Some(&mut sums),
+            region: Region::All,
+        }
+        .run(cx);
+        for jj in 0..j {
+            let rhs: Vec<f64> = (0..k).map(|kk| 0.5 * xv.get(kk, jj) + 2.0 * yv.get(kk, jj)).collect();
+            let want: f64 = rhs.iter().map(|v| v * v).sum();
+            assert!((sums[jj] - want).abs() < 1e-4 * want);
+            for ii in 0..i {
+                let dot: f64 = (0..k).map(|kk| f64::from(l[ii * k + kk]) * rhs[kk]).sum();
+                let w = 3.0 - dot + e[ii * j + jj];
+                assert!((f64::from(out[jj * i + ii]) - w).abs() < 1e-4);
+            }
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! Orthonormal factors of tall matrices.
+//!
+//! All of it runs in double precision, whatever the input is stored in: a product of two singles is exact in double, so
+//! one Cholesky QR of a float32 matrix with condition κ leaves an orthogonality error of about κ²·2⁻⁵³, below
+//! float32's own roundoff up to κ ≈ 10⁴, for the price of two products. [`factor`] estimates κ from the triangular
+//! factor it has anyway and takes a second pass, or Householder reflections, where one does not suffice.
+//!
+//! A direction that the input does not determine is *null* (algorithms, section 2): its column of the orthonormal factor is
+//! zero and its row of the triangular one too. The rule: `|T_jj| ≤ tol · max_i ‖a_i‖`.
+
+mod cholesky;
+mod complete;
+mod householder;
+mod polar;
+
+pub use complete::complete;
+
+use crate::error::Error;
+use crate::gemm::{Context, Packed, Product, Region, Terms, gemm};
+use crate::scalar::Real;
+use crate::scratch::Scratch;
+use crate::view::{Mat, MatMut};
+
+/// `A = V·T`, not yet multiplied out: `V = base·right`.
+pub(crate) struct Factor<'a> {
+    base: Base<'a>,
+    /// r×r, row-major, upper triangular.
+    right: Option<Scratch<f64>>,
+    /// T, r×r, row-major, upper triangular, diagonal ≥ 0; rows of null directions are zero.
+    pub(crate) t: Scratch<f64>,
+    /// The null directions.
+    pub(crate) null: Vec<bool>,
+    /// How it was computed.
+    pub(crate) method: Method,
+}
+
+enum Base<'a> {
+    Input(Mat<'a>),
+    Own(Scratch<f64>),
+}
+
+/// The path that a factorisation took.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Method {
+    /// One Cholesky QR.
+    Cholesky,
+    /// Two of them.
+    CholeskyTwice,
+    /// Blocked Householder reflections.
+    Householder,
+}
+
+/// Equilibrated condition numbers up to which one and two Cholesky passes reach working accuracy.
+///
+/// float32: κ²·2⁻⁵³ stays below 2⁻²⁴/8 up to 3·10³. Two passes need a first one that succeeds, κ² < 2⁵³/r, and we keep
+/// two digits from that. float64: the explicit inverse costs κ·2⁻⁵³ of residual, so only well-conditioned input goes
+/// that way.
+fn gate<T: Real>() -> (f64, f64) {
+    if T::UNIT > 1e-10 { (3e3, 3e5) } else { (0.0, 30.0) }
+}
+
+/// The smallest null tolerance that Cholesky's pivots, with errors of about r·2⁻⁵³, can decide.
+const CHOLESKY_TOL: f64 = 1e-6;
+
+/// Factors `a` (n×r, n ≥ r) to the accuracy of working precision `T`.
+///
+/// # Errors
+/// [`Error::NonFinite`]; [`Error::Shape`] for a wide input.
+pub(crate) fn factor<'a, T: Real>(
+    cx: Context,
+    a: Mat<'a>,
+    tol: f64,
+    force: Option<Method>,
+) -> Result<Factor<'a>, Error> {
+    let (n, r) = (a.rows, a.cols);
+    if n < r {
+        return Err(Error::Shape {
+            what: "the matrix (pass the transpose of a wide one)",
+            need: (r, r),
+            got: (n, r),
+        });
+    }
+    let (one, two) = match force {
+        None => gate::<T>(),
+        Some(Method::Cholesky) => (f64::INFINITY, f64::INFINITY),
+        Some(Method::CholeskyTwice) => (0.0, f64::INFINITY),
+        Some(Method::Householder) => (0.0, 0.0),
+    };
+    if r > 0 && two > 0.0 {
+        let mut s = Scratch::zeros(r * r);
+        gram(cx, a, &mut s);
+        let scale = (0..r).map(|j| s[j * r + j]).fold(0.0, nan_max);
+        // A Gram matrix out of double's comfortable range is Householder's business, which scales its input and tells
+        // overflow from NaN.
+        if (1e-200..1e200).contains(&scale)
+            && let Some(f) = by_cholesky(cx, a, s, scale, tol, (one, two))
+        {
+            return Ok(f);
+        }
+    }
+    let (q, t, null) = householder::factor(cx, a, tol)?;
+    Ok(Factor { base: Base::Own(q), right: None, t, null, method: Method::Householder })
+}
+
+/// `max` that keeps a NaN.
+fn nan_max(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b.is_nan() { f64::NAN } else { a.max(b) }
+}
+
+fn by_cholesky<'a>(
+    cx: Context,
+    a: Mat<'a>,
+    mut s: Scratch<f64>,
+    scale: f64,
+    tol: f64,
+    (one, two): (f64, f64),
+) -> Option<Factor<'a>> {
+    let r = a.cols;
+    let norms: Vec<f64> = (0..r).map(|j| s[j * r + j].sqrt()).collect();
+    let mut inverse = Scratch::zeros(r * r);
+    let mut null = vec![false; r];
+    // Below `CHOLESKY_TOL` a pivot cannot tell null from small: then none may be that small.
+    let threshold = tol.max(CHOLESKY_TOL).powi(2) * scale;
+    cholesky::factor(cx, &mut s, &mut inverse, r, threshold, &mut null);
+    if tol < CHOLESKY_TOL && (0..r).any(|j| null[j] && norms[j] > 0.0) {
+        return None;
+    }
+    // κ of the column-equilibrated input, which is what Cholesky's error depends on (van der Sluis).
+    let weighted: f64 = (0..r).map(|i| norms[i].powi(2) * square_norm(&inverse[i * r..(i + 1) * r])).sum();
+    let kappa = (r as f64 * weighted).sqrt();
+    if kappa <= one {
+        return Some(Factor {
+            base: Base::Input(a),
+            right: Some(inverse),
+            t: s,
+            null,
+            method: Method::Cholesky,
+        });
+    }
+    if kappa > two || kappa.is_nan() {
+        return None;
+    }
+    let mut first = Scratch::<f64>::new(a.rows * r);
+    times_upper::<f64>(cx, a, &inverse, MatMut::row_major(&mut first, a.rows, r));
+    let mut s2 = Scratch::zeros(r * r);
+    gram(cx, Mat::row_major(&first, a.rows, r), &mut s2);
+    let mut still_null = null.clone();
+    cholesky::factor(cx, &mut s2, &mut inverse, r, 0.25, &mut still_null);
+    if still_null != null {
+        return None;
+    }
+    let mut t = Scratch::zeros(r * r);
+    gemm::<f64>(
+        cx.serial(),
+        1.0,
+        Mat::row_major(&s2, r, r),
+        Mat::row_major(&s, r, r),
+        0.0,
+        MatMut::row_major(&mut t, r, r),
+    );
+    Some(Factor { base: Base::Own(first), right: Some(inverse), t, null, method: Method::CholeskyTwice })
+}
+
+impl Factor<'_> {
+    /// `V`, into `out` (n×r, any strides and element type).
+    pub(crate) fn orthonormal(&self, cx: Context, out: MatMut<'_>) {
+        match &self.right {
+            Some(right) => times_upper::<f64>(cx, self.base(), right, out),
+            None => copy(self.base(), out),
+        }
+    }
+
+    /// `V·polar(T)`, the polar factor of `A`, into `out`.
+    pub(crate) fn polar<T: Real>(&self, cx: Context, out: MatMut<'_>) {
+        let r = self.null.len();
+        let mut u = Scratch::<f64>::new(r * r);
+        polar::polar_upper(cx, &self.t, &self.null, T::UNIT, &mut u);
+        let (u, mut right) = (Mat::row_major(&u, r, r), Scratch::<f64>::new(r * r));
+        let right = match &self.right {
+            Some(upper) => {
+                let product = MatMut::row_major(&mut right, r, r);
+                gemm::<f64>(cx, 1.0, Mat::row_major(upper, r, r), u, 0.0, product);
+                Mat::row_major(&right, r, r)
+            }
+            None => u,
+        };
+        gemm::<f64>(cx, 1.0, self.base(), right, 0.0, out);
+    }
+
+    /// ‖A‖_* = tr(polar(T)ᵀ T)
+    pub(crate) fn nuclear_norm(&self, cx: Context) -> f64 {
+        let r = self.null.len();
+        let mut u = Scratch::<f64>::new(r * r);
+        polar::polar_upper(cx, &self.t, &self.null, 1e-8, &mut u);
+        u.iter().zip(self.t.iter()).map(|(u, t)| u * t).sum()
+    }
+
+    fn base(&self) -> Mat<'_> {
+        match &self.base {
+            Base::Input(a) => *a,
+            Base::Own(q) => Mat::row_major(q, q.len() / self.null.len().max(1), self.null.len()),
+        }
+    }
+}
+
+/// `AᵀA` in double, both triangles, row-major.
+pub(crate) fn gram(cx: Context, a: Mat<'_>, s: &mut [f64]) {
+    let r = a.cols;
+    let lhs = Packed::<f64>::new(cx, a.t());
+    Product {
+        lhs: &lhs,
+        rhs: Terms::one(a),
+        out: MatMut::row_major(s, r, r).t(), // (i, j) with i ≤ j of the transpose: the lower triangle
+        alpha: 1.0,
+        beta: 0.0,
+        plus: Terms::none(),
+        sums: None,
+        region: Region::Upper,
+    }
+    .run(cx);
+    for i in 0..r {
+        for j in 0..i {
+            s[j * r + i] = s[i * r + j];
+        }
+    }
+}
+
+/// `out ← A·U` for an upper triangular U.
+fn times_upper<T: Real>(cx: Context, a: Mat<'_>, upper: &[f64], out: MatMut<'_>) {
+    let r = a.cols;
+    let lhs = Packed::<T>::new(cx, Mat::row_major(upper, r, r).t());
+    Product {
+        lhs: &lhs,
+        rhs: Terms::one(a.t()),
+        out: out.t(),
+        alpha: 1.0,
+        beta: 0.0,
+        plus: Terms::none(),
+        sums: None,
+        region: Region::LowerLhs,
+    }
+    .run(cx);
+}
+
+/// `out ← a`, converted.
+pub(crate) fn copy(a: Mat<'_>, mut out: MatMut<'_>) {
+    let view = out.reborrow().raw();
+    assert_eq!((a.rows, a.cols), (view.rows, view.cols), "a copy keeps the shape");
+    let mut line = Scratch::<f64>::new(a.cols);
+    for i in 0..a.rows {
+        // SAFETY: row `i` of either view, which `out` borrows exclusively.
+        unsafe {
+            crate::gemm::line::Line::along(a, i, 0).scaled(line.as_mut_ptr(), a.cols, 1.0);
+            crate::gemm::line::Line::along(view, i, 0).write(line.as_ptr(), a.cols);
+        }
+    }
+}
+
+pub(crate) fn square_norm(x: &[f64]) -> f64 {
+    x.iter().map(|x| x * x).sum()
+}
+
+/// Thin QR: `A = V·T`, T upper triangular with non-negative diagonal, for n×r `a` with n ≥ r.
+///
+/// `v` (n×r) receives V, `t` (r×r row-major), if given, T. Columns of V that belong to null directions are zero.
+/// Orthogonality and residual are at most 30·√r roundoffs of `T`, for any conditioning. `tol` is the null tolerance.
+///
+/// # Errors
+/// [`Error::Shape`] if `a` is wide or the shapes do not fit, [`Error::NonFinite`]; then nothing has been written.
+pub fn qr<T: Real>(
+    cx: Context,
+    a: Mat<'_>,
+    v: MatMut<'_>,
+    t: Option<&mut [f64]>,
+    tol: f64,
+    force: Option<Method>,
+) -> Result<(Vec<bool>, Method), Error> {
+    check_out(a, &v, t.as_deref())?;
+    let f = factor::<T>(cx, a, tol, force)?;
+    f.orthonormal(cx, v);
+    if let Some(t) = t {
+        t.copy_from_slice(&f.t);
+    }
+    Ok((f.null, f.method))
+}
+
+/// Polar factor `A (AᵀA)^(−1/2)` of n×r `a`, n ≥ r, into `v`; null directions (`tol`) contribute nothing.
+///
+/// # Errors
+/// As [`qr`].
+pub fn polar<T: Real>(cx: Context, a: Mat<'_>, v: MatMut<'_>, tol: f64) -> Result<Vec<bool>, Error> {
+    check_out(a, &v, None)?;
+    let f = factor::<T>(cx, a, tol, None)?;
+    f.polar::<T>(cx, v);
+    Ok(f.null)
+}
+
+fn check_out(a: Mat<'_>, v: &MatMut<'_>, t: Option<&[f64]>) -> Result<(), Error> {
+    let got = (v.as_ref().rows, v.as_ref().cols);
+    if got != (a.rows, a.cols) {
+        return Err(Error::Shape { what: "the orthonormal factor", need: (a.rows, a.cols), got });
+    }
+    if t.is_some_and(|t| t.len() != a.cols * a.cols) {
+        let got = (t.map_or(0, <[f64]>::len), 1);
+        return Err(Error::Shape { what: "the triangular factor", need: (a.cols, a.cols), got });
+    }
+    Ok(())
+}
+
+/// σ_max(V) of an n×r matrix, from its Gram matrix squared eight times.
+pub(crate) fn spectral_norm(cx: Context, v: Mat<'_>) -> f64 {
+    let r = v.cols;
+    let mut s = Scratch::zeros(r * r);
+    gram(cx, v, &mut s);
+    let first = s.to_vec();
+    let mut next = Scratch::<f64>::new(r * r);
+    for _ in 0..8 {
+        let norm = square_norm(&s).sqrt();
+        if norm == 0.0 {
+            return 0.0;
+        }
+        let view = Mat::row_major(&s, r, r);
+        gemm::<f64>(cx, norm.powi(-2), view, view, 0.0, MatMut::row_major(&mut next, r, r));
+        std::mem::swap(&mut s, &mut next);
+    }
+    // A column of S^256 is a dominant eigenvector to rounding, or a mix of those that share the largest eigenvalue.
+    let best = (0..r).max_by(|&i, &j| s[i * r + i].total_cmp(&s[j * r + j])).unwrap_or(0);
+    let x: Vec<f64> = (0..r).map(|i| s[i * r + best]).collect();
+    let sx: Vec<f64> = (0..r).map(|i| (0..r).map(|j| first[i * r + j] * x[j]).sum()).collect();
+    let quotient = x.iter().zip(&sx).map(|(x, y)| x * y).sum::<f64>() / square_norm(&x);
+    quotient.max(0.0).sqrt()
+}
+
+#[cfg(test)]
+mod tests;

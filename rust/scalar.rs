@@ -1,0 +1,203 @@
+//! Element types: what is computed with ([`Real`]) and what is stored ([`Element`]).
+
+use crate::isa::{Level, Simd};
+use half::{bf16, f16};
+
+/// Storage type of a view.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Dtype {
+    /// IEEE single precision.
+    F32,
+    /// IEEE double precision.
+    F64,
+    /// bfloat16: storage only, arithmetic is at least single precision.
+    Bf16,
+    /// IEEE half precision: storage only.
+    F16,
+}
+
+impl Dtype {
+    /// Size of one element in bytes; also its required alignment.
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::F64 => 8,
+            Dtype::F32 => 4,
+            Dtype::Bf16 | Dtype::F16 => 2,
+        }
+    }
+}
+
+/// Working precision of products and factors: `f32` or `f64`.
+pub trait Real:
+    Copy
+    + crate::scratch::Plain
+    + PartialOrd
+    + Default
+    + Send
+    + Sync
+    + Element
+    + std::fmt::Debug
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
+    + std::ops::AddAssign
+    + 'static
+{
+    /// Vectors of this type at an instruction-set level.
+    type Simd<L: Level>: Simd<Self>;
+    /// Unit roundoff, half the distance from 1 to the next number.
+    const UNIT: f64;
+    /// Rows of reduction that one packed block spans.
+    const KC: usize;
+    /// Largest absolute value at which squares and products of factors still have room to spare.
+    const SAFE_MAX: f64;
+    /// Exact widening.
+    fn f64(self) -> f64;
+    /// Rounds to nearest.
+    fn of(x: f64) -> Self;
+    /// Neither infinite nor NaN.
+    fn finite(self) -> bool;
+    /// Absolute value.
+    fn abs(self) -> Self;
+    /// Square root.
+    fn sqrt(self) -> Self;
+}
+
+macro_rules! real {
+    ($t:ty, $simd:ident, $unit:expr, $kc:expr, $max:expr) => {
+        impl Real for $t {
+            type Simd<L: Level> = L::$simd;
+            const UNIT: f64 = $unit;
+            const KC: usize = $kc;
+            const SAFE_MAX: f64 = $max;
+            #[inline(always)]
+            fn f64(self) -> f64 {
+                self.into()
+            }
+            #[inline(always)]
+            fn of(x: f64) -> Self {
+                x as $t
+            }
+            #[inline(always)]
+            fn finite(self) -> bool {
+                self.is_finite()
+            }
+            #[inline(always)]
+            fn abs(self) -> Self {
+                <$t>::abs(self)
+            }
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                <$t>::sqrt(self)
+            }
+        }
+    };
+}
+real!(f32, F32, 1.0 / (1u64 << 24) as f64, 256, 1e12);
+real!(f64, F64, 1.0 / (1u64 << 53) as f64, 192, 1e100);
+
+/// A type that weights, gradients and states may be stored in.
+pub trait Element: Copy + 'static {
+    /// Its tag.
+    const DTYPE: Dtype;
+    /// Value in working precision.
+    fn load<W: Real>(self) -> W;
+    /// Rounds a working-precision value to nearest.
+    fn store<W: Real>(w: W) -> Self;
+}
+
+impl Element for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+    #[inline(always)]
+    fn load<W: Real>(self) -> W {
+        W::of(f64::from(self))
+    }
+    #[inline(always)]
+    fn store<W: Real>(w: W) -> Self {
+        w.f64() as f32
+    }
+}
+
+impl Element for f64 {
+    const DTYPE: Dtype = Dtype::F64;
+    #[inline(always)]
+    fn load<W: Real>(self) -> W {
+        W::of(self)
+    }
+    #[inline(always)]
+    fn store<W: Real>(w: W) -> Self {
+        w.f64()
+    }
+}
+
+impl Element for bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+    #[inline(always)]
+    fn load<W: Real>(self) -> W {
+        W::of(f64::from(f32::from_bits(u32::from(self.to_bits()) << 16)))
+    }
+    // Written out, not `bf16::from_f32`: without its early return for NaN the loop vectorises.
+    #[inline(always)]
+    fn store<W: Real>(w: W) -> Self {
+        let bits = (w.f64() as f32).to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        let nan = (bits >> 16) | 0x40;
+        let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
+        bf16::from_bits((if is_nan { nan } else { rounded }) as u16)
+    }
+}
+
+impl Element for f16 {
+    const DTYPE: Dtype = Dtype::F16;
+    #[inline(always)]
+    fn load<W: Real>(self) -> W {
+        W::of(f64::from(self.to_f32_const()))
+    }
+    #[inline(always)]
+    fn store<W: Real>(w: W) -> Self {
+        f16::from_f32_const(w.f64() as f32)
+    }
+}
+
+/// Runs `$body` with `$E` bound to the element type that `$dtype` names.
+macro_rules! with_element {
+    ($dtype:expr, $E:ident => $body:expr) => {
+        match $dtype {
+            $crate::scalar::Dtype::F32 => {
+                type $E = f32;
+                $body
+            }
+            $crate::scalar::Dtype::F64 => {
+                type $E = f64;
+                $body
+            }
+            $crate::scalar::Dtype::Bf16 => {
+                type $E = half::bf16;
+                $body
+            }
+            $crate::scalar::Dtype::F16 => {
+                type $E = half::f16;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_element;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounds_to_nearest_even_like_half() {
+        for hi in 0..=u16::MAX {
+            for lo in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits((u32::from(hi) << 16) | lo);
+                let ours = <bf16 as Element>::store(x);
+                let theirs = bf16::from_f32(x);
+                assert!(ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()), "{x:e}");
+            }
+        }
+    }
+}

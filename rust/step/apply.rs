@@ -1,0 +1,289 @@
+//! The writing half of a step: weights and buffer, a panel of rows at a time.
+//!
+//! A panel's M and G are read while they are still in cache from the panel's weights. The only temporary is the
+//! normalised tail's panel, which never leaves the second-level cache.
+
+use super::{Options, Tail, tail_tolerance};
+use crate::gemm::{Context, Packed, Product, Region, Terms};
+use crate::isa::{Kernel, Level};
+use crate::pool;
+use crate::scalar::Real;
+use crate::scratch::Scratch;
+use crate::view::{Mat, MatMut};
+
+/// What the reading half has found. `b`, `r` and `w` are scaled by `size`.
+pub(super) struct Factors<'a> {
+    pub(super) p: Mat<'a>,
+    pub(super) r: Mat<'a>,
+    pub(super) v: Mat<'a>,
+    /// M⁺ᵀP
+    pub(super) w: Mat<'a>,
+    pub(super) b: Terms<'a>,
+    pub(super) size: f64,
+    pub(super) sign: f64,
+}
+
+/// Σ B² over each row and each column.
+pub(super) struct Energies<'a> {
+    pub(super) row: &'a [f64],
+    pub(super) column: &'a [f64],
+}
+
+/// A right factor, packed once if X is row-major and so wants it on the left of its products.
+struct Side<'a, T> {
+    view: Mat<'a>,
+    packed: Option<Packed<T>>,
+}
+
+impl<'a, T: Real> Side<'a, T> {
+    fn new(cx: Context, view: Mat<'a>, row_major: bool) -> Self {
+        Side { view, packed: row_major.then(|| Packed::new(cx, view)) }
+    }
+
+    /// `out ← beta·out + alpha·left·sideᵀ + plus`, on one thread.
+    fn product(&self, cx: Context, alpha: f64, left: Mat<'_>, beta: f64, out: MatMut<'_>, plus: Terms<'_>) {
+        let own;
+        let (lhs, rhs, out, plus) = match &self.packed {
+            Some(packed) => (packed, left.t(), out.t(), plus.t()),
+            None => {
+                own = Packed::new(cx, left);
+                (&own, self.view.t(), out, plus)
+            }
+        };
+        Product { lhs, rhs: Terms::one(rhs), out, alpha, beta, plus, sums: None, region: Region::All }
+            .run(cx);
+    }
+}
+
+/// The tail of this step, reduced to numbers.
+enum Plan<'a> {
+    None,
+    /// `α·T`
+    Linear(f64),
+    /// `weight·N(T)`, N from the inverse column norms and, panel by panel, the rows.
+    Normalized {
+        columns: Scratch<f64>,
+        weight: f64,
+        rows: &'a [f64],
+    },
+}
+
+/// Row and column norms of the tail that are below this share of B's are noise and fade out.
+fn fade<T: Real>() -> f64 {
+    T::UNIT.sqrt() / 16.0
+}
+
+fn plan<'a, T: Real>(o: &Options, f: &Factors<'_>, e: &Energies<'a>) -> Plan<'a> {
+    let (m, n, r) = (f.p.rows, f.r.rows, f.r.cols);
+    let total: f64 = e.row.iter().sum();
+    let row_of_r = |j: usize| (0..r).map(|k| f.r.get(j, k).powi(2)).sum::<f64>();
+    // ‖T‖² = ‖B‖² − ‖R‖², as P is orthonormal; of each column too.
+    let captured: f64 = if o.tail == Tail::Feedback { total } else { (0..n).map(row_of_r).sum() };
+    let energy = total - captured;
+    if energy <= tail_tolerance::<T>() * total || m.min(n) == r {
+        return Plan::None;
+    }
+    let c = o.tail_scale * ((m.min(n) - r) as f64).sqrt();
+    match o.tail {
+        Tail::Feedback => Plan::None,
+        Tail::Linear => Plan::Linear(c / energy.sqrt()),
+        Tail::Normalized => {
+            let mut columns = Scratch::zeros(n);
+            for (j, inverse) in columns.iter_mut().enumerate() {
+                let norm = (e.column[j] - row_of_r(j)).max(fade::<T>() * e.column[j]).sqrt();
+                *inverse = if norm > 0.0 { 1.0 / norm } else { 0.0 };
+            }
+            // Every row of N that is not zero has norm 1.
+            let rows = e.row.iter().filter(|&&x| x > 0.0).count();
+            Plan::Normalized { columns, weight: c / (rows as f64).sqrt(), rows: e.row }
+        }
+    }
+}
+
+/// `X ← (1 − ηλ)X − η·scale·D`, `M ← a·M⁺ − (a − b)·P Wᵀ`.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn apply<T: Real>(
+    cx: Context,
+    o: &Options,
+    scale: f64,
+    x: MatMut<'_>,
+    m: MatMut<'_>,
+    g: Mat<'_>,
+    f: &Factors<'_>,
+    e: &Energies<'_>,
+) {
+    let (rows, n) = (x.as_ref().rows, x.as_ref().cols);
+    let row_major = |v: Mat<'_>| v.cs == 1 && (v.rs != 1 || v.rows <= 1 || v.cols > 1);
+    let plan = plan::<T>(o, f, e);
+    // The linear tail joins the head: P Vᵀ + α(B − P Rᵀ) = P (V − αR)ᵀ + αB.
+    let joined = match plan {
+        Plan::Linear(alpha) => {
+            let mut u = Scratch::<T>::new(f.v.rows * f.v.cols);
+            cx.isa.run(Join { v: f.v, r: f.r, alpha, out: &mut u });
+            Some(u)
+        }
+        _ => None,
+    };
+    let u = joined.as_ref().map_or(f.v, |u| Mat::row_major(u, f.v.rows, f.v.cols));
+    let x_row_major = row_major(x.as_ref());
+    let head = Side::<T>::new(cx, u, x_row_major);
+    let tail = matches!(plan, Plan::Normalized { .. }).then(|| Side::<T>::new(cx, f.r, x_row_major));
+    let back = (o.a != o.b).then(|| Side::<T>::new(cx, f.w, row_major(m.as_ref())));
+
+    let panel_rows = ((128 * 1024 / n.max(1)).clamp(24, 192) / 24 * 24).min(rows);
+    let (x, m) = (x.raw(), m.raw());
+    let step = -o.lr * scale;
+    let decay = 1.0 - o.lr * o.weight_decay;
+    let serial = cx.serial();
+    pool::for_each(cx.threads, rows.div_ceil(panel_rows), &|panel| {
+        let range = panel * panel_rows..rows.min((panel + 1) * panel_rows);
+        let part = |v: Mat<'_>| {
+            let v = v.row_range(range.clone());
+            // SAFETY: `apply` borrows X and M exclusively, and panels are disjoint ranges of their rows.
+            unsafe { MatMut::from_raw(v.ptr.cast_mut(), v.dtype, (v.rows, v.cols), (v.rs, v.cs)) }
+        };
+        let p = f.p.row_range(range.clone());
+        let b = f.b.row_range(range.clone());
+        match &plan {
+            Plan::None => head.product(serial, step, p, decay, part(x), Terms::none()),
+            Plan::Linear(alpha) => head.product(serial, step, p, decay, part(x), b.scaled(step * alpha)),
+            Plan::Normalized { columns, weight, rows } => {
+                let strides = if x_row_major { (n as isize, 1) } else { (1, range.len() as isize) };
+                let mut t = Scratch::<T>::new(range.len() * n);
+                // SAFETY: the scratch holds `range.len()·n` elements and is used through this view alone.
+                let mut t =
+                    unsafe { MatMut::from_raw(t.as_mut_ptr().cast(), T::DTYPE, (range.len(), n), strides) };
+                if let Some(tail) = &tail {
+                    tail.product(serial, -1.0, p, 0.0, t.reborrow(), b);
+                }
+                let rows = &rows[range.clone()];
+                cx.isa.run(Normalize::<T> { t: t.raw(), columns, rows, kind: Default::default() });
+                let n_of_t = Terms::one(t.as_ref()).scaled(step * weight);
+                head.product(serial, step, p, decay, part(x), n_of_t);
+            }
+        }
+        let (m, g) = (part(m), g.row_range(range.clone()));
+        let plus = Terms::one(g).scaled(o.a * f.sign);
+        match &back {
+            Some(back) => back.product(serial, -(o.a - o.b) / f.size, p, o.a, m, plus),
+            None => {
+                cx.isa.run(Accumulate::<T> { m: m.raw(), g, a: o.a, sign: f.sign, kind: Default::default() })
+            }
+        }
+    });
+}
+
+/// `out ← V − αR`
+struct Join<'a, T> {
+    v: Mat<'a>,
+    r: Mat<'a>,
+    alpha: f64,
+    out: &'a mut [T],
+}
+
+impl<T: Real> Kernel for Join<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let terms = Terms::two(1.0, self.v, -self.alpha, self.r);
+        for (i, line) in self.out.chunks_exact_mut(self.v.cols.max(1)).enumerate() {
+            // SAFETY: row `i` of both views has `cols` elements.
+            unsafe { terms.read((i, 0), false, line.as_mut_ptr(), line.len(), false) };
+        }
+    }
+}
+
+/// `M ← a·(M + G)`
+struct Accumulate<'a, T> {
+    m: Mat<'a>,
+    g: Mat<'a>,
+    a: f64,
+    sign: f64,
+    kind: std::marker::PhantomData<T>,
+}
+
+impl<T: Real> Kernel for Accumulate<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let terms = Terms::two(self.a, self.m, self.a * self.sign, self.g);
+        let down = terms.contiguous_down();
+        let (lines, len) = if down { (self.m.cols, self.m.rows) } else { (self.m.rows, self.m.cols) };
+        let mut line = Scratch::<T>::new(len);
+        for l in 0..lines {
+            let at = if down { (0, l) } else { (l, 0) };
+            // SAFETY: line `l` of both views has `len` elements; `m` is the caller's exclusive panel.
+            unsafe {
+                terms.read(at, down, line.as_mut_ptr(), len, false);
+                let out = if down {
+                    crate::gemm::line::Line::down(self.m, at.0, at.1)
+                } else {
+                    crate::gemm::line::Line::along(self.m, at.0, at.1)
+                };
+                out.write(line.as_ptr(), len);
+            }
+        }
+    }
+}
+
+/// A panel of T, columns scaled by `columns`, then each row brought to norm 1; rows that are noise fade out.
+struct Normalize<'a, T> {
+    t: Mat<'a>,
+    columns: &'a [f64],
+    /// Σ B² of the panel's rows.
+    rows: &'a [f64],
+    kind: std::marker::PhantomData<T>,
+}
+
+impl<T: Real> Kernel for Normalize<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let Normalize { t, columns, rows, .. } = self;
+        let weight = |raw: f64, scaled: f64, b: f64| {
+            if scaled <= 0.0 || b <= 0.0 {
+                return 0.0;
+            }
+            (raw / (fade::<T>() * b)).min(1.0).sqrt() / scaled.sqrt()
+        };
+        // SAFETY: `t` is a dense scratch panel of element type `T`, in one of the two orders, exclusive to this call.
+        let data = unsafe { std::slice::from_raw_parts_mut(t.ptr.cast::<T>().cast_mut(), t.rows * t.cols) };
+        if t.cs == 1 {
+            for (row, b) in data.chunks_exact_mut(t.cols).zip(rows) {
+                let (mut raw, mut scaled) = ([0.0f64; 8], [0.0f64; 8]);
+                for (chunk, c) in row.chunks_mut(8).zip(columns.chunks(8)) {
+                    for (l, (x, c)) in chunk.iter_mut().zip(c).enumerate() {
+                        let v = x.f64();
+                        raw[l] += v * v;
+                        scaled[l] += (v * c) * (v * c);
+                        *x = T::of(v * c);
+                    }
+                }
+                let w = T::of(weight(raw.iter().sum(), scaled.iter().sum(), *b));
+                for x in row {
+                    *x = *x * w;
+                }
+            }
+        } else {
+            let mut raw = Scratch::<f64>::zeros(t.rows);
+            let mut scaled = Scratch::<f64>::zeros(t.rows);
+            for (column, c) in data.chunks_exact_mut(t.rows).zip(columns) {
+                for ((x, raw), scaled) in column.iter_mut().zip(raw.iter_mut()).zip(scaled.iter_mut()) {
+                    let v = x.f64();
+                    *raw += v * v;
+                    *scaled += (v * c) * (v * c);
+                    *x = T::of(v * c);
+                }
+            }
+            let mut weights = Scratch::<T>::new(t.rows);
+            for (i, w) in weights.iter_mut().enumerate() {
+                *w = T::of(weight(raw[i], scaled[i], rows[i]));
+            }
+            for column in data.chunks_exact_mut(t.rows) {
+                for (x, w) in column.iter_mut().zip(weights.iter()) {
+                    *x = *x * *w;
+                }
+            }
+        }
+    }
+}
