@@ -1,0 +1,9 @@
+"""orthdion: Orth-Dion and its family, low-rank spectral optimizers for PyTorch with a Rust core."""
+
+from . import diagnostics, linalg
+from .grouping import ParamGroups, param_groups
+from .optim import Dion, OrthDion
+
+__version__ = "0.1.0"
+
+__all__ = ["Dion", "OrthDion", "ParamGroups", "diagnostics", "linalg", "param_groups"]

@@ -1,0 +1,45 @@
+# make demo · make test · make bench · make lint · make wheel. Each sets up what it needs in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find rust -name '*.rs') Cargo.toml pyproject.toml
+
+.PHONY: demo test lint bench wheel clean setup
+
+demo: $(VENV)/built
+	$(BIN)/orthdion compare --preset demo --out runs/demo
+
+test: $(VENV)/built
+	cargo test --locked
+	ORTHDION_ISA=portable cargo test --locked --quiet -- qr:: step::
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/built
+	cargo fmt --check
+	cargo clippy --locked --all-targets --features python -- -D warnings
+	$(BIN)/ruff format --check python tests benches
+	$(BIN)/ruff check python tests benches
+	$(BIN)/mypy
+
+bench: $(VENV)/built
+	$(BIN)/python -m benches
+
+wheel: $(VENV)/tools
+	$(BIN)/maturin build --release --locked --out dist
+
+setup: $(VENV)/built
+
+$(VENV)/tools: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "orthdion needs Python 3.10 or newer: make PYTHON=python3.12 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "maturin>=1.7,<2"
+	touch $@
+
+$(VENV)/built: $(VENV)/tools $(SOURCES)
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked --extras dev
+	touch $@
+
+clean:
+	rm -rf target $(VENV) runs dist python/orthdion/_core*.so

@@ -1,0 +1,214 @@
+"""Which parameter goes to which algorithm, and why (algorithms, section 6).
+
+Hidden matrices go to the low-rank algorithm. Embeddings, the head, norms, biases and vectors go to AdamW or Lion:
+Dion's family runs on an embedding or a head but trains poorly there.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ._text import table
+
+__all__ = ["Decision", "ParamGroups", "param_groups"]
+
+_HEAD = re.compile(r"(^|\.)(lm_head|head|unembed(ding)?|output_projection|embed_out|classifier|score|logits)(\.|$)")
+_EMBEDDING = re.compile(
+    r"(^|[._])(wte|wpe|emb(ed)?s?|embeddings?|tok(en)?s?_emb\w*|pos(ition)?(al)?_emb\w*)(\d*)([._]|$)"
+)
+_QKV = re.compile(r"(^|\.)(qkv|qkv_proj|in_proj|wqkv|c_attn|query_key_value)(_weight|\.weight)$")
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where one parameter goes: group keys, and the reason in words."""
+
+    name: str
+    shape: tuple[int, ...]
+    settings: dict[str, Any]
+    reason: str
+
+
+class ParamGroups(list[dict[str, Any]]):
+    """Parameter groups for an optimizer, with the decision about every parameter; ``print`` shows them as a table."""
+
+    def __init__(self, groups: list[dict[str, Any]], decisions: list[Decision]) -> None:
+        super().__init__(groups)
+        self.decisions = decisions
+
+    def __str__(self) -> str:
+        total = max(sum(math.prod(d.shape) for d in self.decisions), 1)
+        rows, shares = [], dict[str, int]()
+        for d in self.decisions:
+            algorithm = d.settings.get("algorithm", "frozen")
+            shares[algorithm] = shares.get(algorithm, 0) + math.prod(d.shape)
+            share = 100.0 * math.prod(d.shape) / total
+            rows.append([d.name, "×".join(map(str, d.shape)) or "scalar", algorithm, f"{share:.1f} %", d.reason])
+        lines = [table(["parameter", "shape", "algorithm", "share", "reason"], rows)]
+        lines += [f"{algorithm}: {100.0 * n / total:.1f} % of {total} parameters" for algorithm, n in shares.items()]
+        return "\n".join(lines)
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    scalar: Literal["adamw", "lion"] = "adamw",
+    scalar_lr: float | None = None,
+    lr: float | None = None,
+    overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
+) -> ParamGroups:
+    """Groups for :class:`orthdion.OrthDion` and :class:`orthdion.Dion`.
+
+    Args:
+        model: its trainable parameters are grouped; frozen ones are listed and left out.
+        scalar: the algorithm for what is no hidden matrix.
+        scalar_lr: learning rate of those groups; None: the optimizer's.
+        lr: the optimizer's learning rate. Only needed with ``scalar="lion"``, whose head gets lr/√d_in.
+        overrides: glob pattern on a parameter's name → an algorithm, or group keys such as
+            ``{"rank_fraction": 0.5}``. The last pattern that matches counts.
+
+    Returns:
+        The groups; ``print`` them to see every decision with its reason.
+
+    Raises:
+        ValueError: a pattern that matches nothing, a vector forced into the low-rank algorithm, a missing ``lr``.
+        TypeError: if ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}; pass the model, not its parameters"
+        )
+    if scalar not in ("adamw", "lion"):
+        raise ValueError(f"scalar must be 'adamw' or 'lion', not {scalar!r}")
+    overrides = dict(overrides or {})
+    unused = set(overrides)
+    decisions: list[Decision] = []
+    tensors: list[Tensor] = []
+    for name, p, owners in _named(model):
+        settings, reason = _decide(name, p, owners, model, scalar)
+        for pattern, wish in overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                unused.discard(pattern)
+                settings, reason = _override(settings, wish, pattern, name, p)
+        if settings.get("algorithm") in ("adamw", "lion"):
+            settings = _scalar_rate(settings, reason, p, scalar_lr, lr)
+        decisions.append(Decision(name, tuple(p.shape), settings, reason))
+        tensors.append(p)
+    if unused:
+        raise ValueError(
+            f"overrides: no parameter matches {', '.join(map(repr, sorted(unused)))}; "
+            "print(param_groups(model)) lists the names"
+        )
+    return ParamGroups(_collect(decisions, tensors), decisions)
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor, list[tuple[nn.Module, str]]]]:
+    """Each distinct parameter with its first name and every (module, attribute) that holds it."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    first: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, p in module._parameters.items():
+            if p is not None:
+                first.setdefault(id(p), (f"{prefix}.{attribute}" if prefix else attribute, p))
+                owners.setdefault(id(p), []).append((module, attribute))
+    for key, (name, p) in first.items():
+        yield name, p, owners[key]
+
+
+def _decide(
+    name: str, p: Tensor, owners: list[tuple[nn.Module, str]], model: nn.Module, scalar: str
+) -> tuple[dict[str, Any], str]:
+    """Group keys of one parameter and the reason.
+
+    By shape: ``(d,)`` → vector; ``(1, d)`` → a vector in disguise; ``(E, m, n)`` → a stack of matrices; a convolution's
+    ``(out, in, kh, kw)`` → one matrix (out, in·kh·kw); ``(m, n)`` → a hidden matrix, unless a module or name says
+    otherwise.
+    """
+    other = {"algorithm": scalar, "weight_decay": 0.0}
+    if not p.requires_grad:
+        return {}, "frozen (requires_grad is False)"
+    modules = [module for module, _ in owners]
+    if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in modules):
+        tied = any(isinstance(m, nn.Linear) for m in modules)
+        return other, "embedding tied to the head: no decay" if tied else "embedding: no decay"
+    if p.ndim < 2:
+        kind = "bias" if name.endswith("bias") else "norm" if "norm" in name.lower() else "vector"
+        return other, f"{kind}: no matrix, no decay"
+    if _is_head(name, p, modules, model):
+        return {"algorithm": scalar}, "head: rows are classes, not features"
+    if _EMBEDDING.search(name):
+        return other, "embedding by its name: no decay"
+    if p.numel() == max(p.shape):
+        return other, "vector in the shape of a matrix: no decay"
+    conv = next((m for m in modules if isinstance(m, _CONV)), None)
+    if conv is not None:
+        if conv.groups == conv.in_channels > 1:
+            return other, "depthwise convolution: mixes no channels"
+        return {"algorithm": "dion", "flatten": True}, "convolution, as a matrix (out, in·kernel)"
+    if p.ndim == 2 and p.shape[0] % 3 == 0 and p.shape[0] == 3 * p.shape[1] and _QKV.search(name):
+        return {"algorithm": "dion", "row_blocks": 3}, "fused QKV: three hidden matrices"
+    if p.ndim == 3:
+        return {"algorithm": "dion"}, f"stack of {p.shape[0]} hidden matrices"
+    if p.ndim > 3:
+        return {"algorithm": "dion"}, "as a matrix (first axis, rest)"
+    return {"algorithm": "dion"}, "hidden matrix"
+
+
+def _is_head(name: str, p: Tensor, modules: list[nn.Module], model: nn.Module) -> bool:
+    output = getattr(model, "get_output_embeddings", None)  # transformers' models know
+    if callable(output) and getattr(output(), "weight", None) is p:
+        return True
+    if p.ndim != 2 or not any(isinstance(m, nn.Linear) for m in modules):
+        return False
+    if _HEAD.search(name):
+        return True
+    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return p.shape[0] in vocabularies and linears[-1].weight is p and len(linears) > 1
+
+
+def _override(
+    settings: dict[str, Any], wish: str | Mapping[str, Any], pattern: str, name: str, p: Tensor
+) -> tuple[dict[str, Any], str]:
+    if not settings:
+        return settings, "frozen (requires_grad is False)"
+    keys = {"algorithm": wish} if isinstance(wish, str) else dict(wish)
+    if keys.get("algorithm", settings["algorithm"]) == "dion" and p.ndim < 2:
+        raise ValueError(
+            f"overrides[{pattern!r}] gives the vector {name} to the low-rank algorithm, which needs matrices"
+        )
+    if keys.get("algorithm", settings["algorithm"]) != settings["algorithm"]:
+        settings = {}  # what was set for the other algorithm means nothing here
+    return {**settings, **keys}, f"overridden by {pattern!r}"
+
+
+def _scalar_rate(
+    settings: dict[str, Any], reason: str, p: Tensor, scalar_lr: float | None, lr: float | None
+) -> dict[str, Any]:
+    if settings["algorithm"] == "lion" and reason.startswith("head") and "lr" not in settings:
+        base = scalar_lr if scalar_lr is not None else lr
+        if base is None:
+            raise ValueError("scalar='lion' gives the head lr/√d_in: pass lr (the optimizer's) or scalar_lr")
+        return {**settings, "lr": base / math.sqrt(p.shape[1])}
+    if scalar_lr is not None:
+        return {"lr": scalar_lr, **settings}
+    return settings
+
+
+def _collect(decisions: list[Decision], tensors: list[Tensor]) -> list[dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {}
+    for d, p in zip(decisions, tensors, strict=True):
+        if d.settings:
+            key = repr(sorted(d.settings.items()))
+            group = groups.setdefault(key, {"params": [], "param_names": [], **d.settings})
+            group["params"].append(p)
+            group["param_names"].append(d.name)
+    return list(groups.values())

@@ -1,0 +1,6 @@
+"""Optimizers, one file each; what they share stands in files named after what it is."""
+
+from .dion import Dion
+from .orth_dion import OrthDion
+
+__all__ = ["Dion", "OrthDion"]

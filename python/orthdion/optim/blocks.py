@@ -1,0 +1,84 @@
+"""How a parameter is seen as matrices: stacks, flattened convolutions, fused blocks (algorithms, section 5)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_matrix", "matrices", "matrix_shape", "rank", "start"]
+
+
+def matrix_shape(shape: torch.Size, flatten: bool | None, row_blocks: int) -> tuple[int, int, int]:
+    """``(count, m, n)``: a parameter of this shape is ``count`` matrices of m by n.
+
+    2-D: one, or ``row_blocks`` blocks of rows (a fused QKV weight is three). 3-D: a stack along the first axis
+    (experts), or with ``flatten=True`` one matrix (out, rest), as are 4-D and 5-D convolution weights.
+
+    Raises:
+        ValueError: for fewer than two dimensions, or blocks that do not divide the rows.
+    """
+    if len(shape) < 2:
+        raise ValueError(
+            f"a parameter of shape {tuple(shape)} is no matrix; give its group algorithm='adamw' or 'lion', "
+            "or build the groups with orthdion.param_groups(model)"
+        )
+    stacked = len(shape) == 3 and not flatten
+    if stacked and row_blocks > 1:
+        raise ValueError("row_blocks is for 2-D weights; a 3-D stack is one matrix per entry of its first axis already")
+    if stacked:
+        return shape[0], shape[1], shape[2]
+    if shape[0] % row_blocks:
+        raise ValueError(f"row_blocks={row_blocks} does not divide the {shape[0]} rows of a {tuple(shape)} weight")
+    return row_blocks, shape[0] // row_blocks, math.prod(shape[1:])
+
+
+def _column_order(t: Tensor) -> list[int]:
+    """Axes behind the first, widest stride first: in that order they flatten without a copy (channels-last too)."""
+    strides = t.stride()
+    return sorted(range(1, t.ndim), key=lambda d: (-strides[d], d))
+
+
+def as_matrix(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` as (out, rest) with columns in the order of ``like``'s memory; a view wherever strides allow one."""
+    if t.ndim == 2:
+        return t
+    return t.permute(0, *_column_order(like)).flatten(1)
+
+
+def matrices(t: Tensor, like: Tensor, flatten: bool | None, row_blocks: int) -> list[Tensor]:
+    """The matrices of a weight, gradient or momentum, as 2-D views (a gradient of odd strides is copied).
+
+    ``like`` is the weight: its memory order decides how axes are flattened.
+    """
+    if t.ndim == 3 and not flatten:
+        return list(t.unbind(0))
+    t = as_matrix(t, like)
+    if row_blocks == 1:
+        return [t]
+    return list(t.unflatten(0, (row_blocks, -1)).unbind(0))
+
+
+def rank(m: int, n: int, rank_fraction: float, rank_multiple_of: int) -> int:
+    """``r = ceil(rank_fraction·min(m, n) / multiple)·multiple``, capped at min(m, n)."""
+    d = min(m, n)
+    # A fraction such as 0.1 of 30 must give 3, not the 4 that its rounding error would make of it.
+    r = math.ceil(round(rank_fraction * d / rank_multiple_of, 9)) * rank_multiple_of
+    return min(r, d)
+
+
+def start(shape: tuple[int, int, int], seed: int, index: int) -> Tensor:
+    """The first Q of parameter ``index``: (count, n, r) orthonormal float64 on the CPU.
+
+    Drawn from a generator of its own, so that every rank of a group draws the same and the user's random stream is
+    untouched.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+    count, n, r = shape
+    if 0 in shape:
+        return torch.zeros(shape, dtype=torch.float64)
+    q, t = torch.linalg.qr(torch.randn(count, n, r, generator=generator, dtype=torch.float32))
+    signs = torch.where(t.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    signed: Tensor = (q * signs[:, None, :]).double()
+    return signed

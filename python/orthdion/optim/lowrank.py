@@ -1,0 +1,417 @@
+"""The torch optimizer around the low-rank step: groups, states, checks. What it computes stands in ``step.py``."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from ..backends import BackendName, Reference, choose
+from ..sharding import Null
+from . import blocks, elementwise
+from .elementwise import Rule
+from .hyper import check_group, feedback_numbers, unpack_betas
+from .step import Matrix, Options, Report, step
+
+__all__ = ["LowRankOptimizer"]
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class LowRankOptimizer(Optimizer):
+    """What :class:`OrthDion` and :class:`Dion` share; they differ in defaults only."""
+
+    #: ``(right_factor, feedback)`` for ``tail="feedback"``.
+    _published: tuple[str, Any] = ("qr", "orth-dion")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        replicate_mesh: Any = None,
+        outer_shard_mesh: Any = None,
+        inner_shard_mesh: Any = None,
+        replicate_mesh_grad_sync: bool = True,
+        rank_fraction: float = 1.0,
+        rank_multiple_of: int = 1,
+        lr: float | Tensor = 0.01,
+        mu: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.01,
+        epsilon: float = 1e-8,
+        *,
+        right_factor: str | None = None,
+        feedback: str | tuple[float, float] | None = None,
+        tail: str = "feedback",
+        tail_scale: float = 2.0,
+        nesterov: bool | None = None,
+        maximize: bool = False,
+        seed: int = 0,
+        momentum_dtype: torch.dtype | None = None,
+        q_dtype: torch.dtype | None = None,
+        backend: BackendName = "auto",
+        diagnostics: bool = False,
+    ) -> None:
+        meshes = {"replicate_mesh": replicate_mesh, "outer_shard_mesh": outer_shard_mesh}
+        for name, mesh in {**meshes, "inner_shard_mesh": inner_shard_mesh}.items():
+            if mesh is not None:
+                raise NotImplementedError(f"{name}: this version runs in one process; leave it out")
+        if not replicate_mesh_grad_sync:
+            raise NotImplementedError("replicate_mesh_grad_sync=False needs a replicate_mesh, which this version lacks")
+        for name, dtype in (("momentum_dtype", momentum_dtype), ("q_dtype", q_dtype)):
+            if dtype is not None and dtype not in _FLOATS:
+                raise TypeError(f"{name} must be one of {', '.join(map(str, _FLOATS))} or None, not {dtype!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be a whole number, not {seed!r}")
+        if backend not in ("auto", "rust", "reference"):
+            raise ValueError(f"backend must be 'auto', 'rust' or 'reference', not {backend!r}")
+        given = {"betas": betas}
+        unpack_betas(given)
+        defaults = dict(
+            algorithm="dion",
+            lr=lr,
+            mu=mu,
+            **given,
+            weight_decay=weight_decay,
+            epsilon=epsilon,
+            rank_fraction=rank_fraction,
+            rank_multiple_of=rank_multiple_of,
+            right_factor=right_factor,
+            feedback=feedback,
+            tail=tail,
+            tail_scale=tail_scale,
+            nesterov=nesterov,
+            maximize=maximize,
+            flatten=None,
+            row_blocks=1,
+        )
+        check_group({}, defaults)
+        self._seed = seed
+        self._momentum_dtype, self._q_dtype = momentum_dtype, q_dtype
+        self._backend: BackendName = backend
+        self._diagnose = bool(diagnostics)
+        self._reports: dict[Tensor, list[Report]] = {}
+        #: Parameters whose gradient held NaN or infinity, and how often they were left alone for it.
+        self.skipped_steps: Counter[str] = Counter()
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------ groups and states
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group and makes its states; see :class:`torch.optim.Optimizer`.
+
+        Raises:
+            ValueError: unknown keys, values out of range, a vector in a low-rank group.
+            TypeError: complex or integer parameters.
+        """
+        group = dict(param_group)
+        unpack_betas(group)
+        check_group(group, self.defaults)
+        before = len(self.param_groups)
+        super().add_param_group(group)
+        try:
+            self._admit(self.param_groups[before])
+        except BaseException:
+            del self.param_groups[before:]
+            raise
+
+    def _admit(self, group: dict[str, Any]) -> None:
+        """Checks every parameter of a new group, then makes all their states."""
+        group.setdefault("step", 0)
+        index = sum(len(g["params"]) for g in self.param_groups[:-1])
+        states = []
+        for i, p in enumerate(group["params"]):
+            if _is_dtensor(p):
+                raise NotImplementedError(f"{self._name(p)} is a DTensor; this version runs in one process")
+            if p.dtype not in _FLOATS:
+                raise TypeError(
+                    f"{self._name(p)} has dtype {p.dtype}; only real floating-point parameters can be stepped"
+                )
+            if p.layout != torch.strided:
+                raise TypeError(f"{self._name(p)} is sparse; make it dense (embedding: sparse=False)")
+            choose(self._backend, p.device, p.dtype)
+            states.append(self._initial_state(p, group, index + i))
+        for p, state in zip(group["params"], states, strict=True):
+            self.state[p] = state
+
+    def _initial_state(self, p: Tensor, group: dict[str, Any], index: int) -> dict[str, Tensor]:
+        momentum = torch.zeros_like(p, dtype=self._momentum_dtype, memory_format=torch.preserve_format)
+        if group["algorithm"] == "adamw":
+            return {"momentum": momentum, "variance": torch.zeros_like(momentum)}
+        if group["algorithm"] == "lion":
+            return {"momentum": momentum}
+        try:
+            count, m, n = blocks.matrix_shape(p.shape, group["flatten"], group["row_blocks"])
+        except ValueError as e:
+            raise ValueError(f"{self._name(p)}: {e}") from None
+        r = blocks.rank(m, n, group["rank_fraction"], group["rank_multiple_of"])
+        # The power iteration runs on the side with fewer columns: a wide matrix is processed transposed.
+        q = blocks.start((count, m if m < n else n, r), self._seed, index)
+        q = q.to(device=p.device, dtype=self._q_dtype or p.dtype)
+        return {"momentum": momentum, "Q": q[0].clone() if _single(p, group) else q}
+
+    def _name(self, p: Tensor) -> str:
+        for k, group in enumerate(self.param_groups):
+            for i, candidate in enumerate(group["params"]):
+                if candidate is p:
+                    names = group.get("param_names")
+                    name = names[i] if names else f"group {k}, parameter {i}"
+                    return f"{name} {tuple(p.shape)}"
+        return f"a parameter {tuple(p.shape)}"
+
+    # ------------------------------------------------------------------ the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimization step, in place. Parameters without a gradient are left alone.
+
+        A matrix whose gradient holds NaN or infinity is left alone, counted in ``skipped_steps``, and warned of once.
+
+        Raises:
+            ValueError, TypeError: for a gradient of another shape, device or layout; then nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        for group in self.param_groups:
+            group["step"] += 1
+        self._reports.clear()
+        lowrank: dict[str, list[tuple[Tensor, Matrix, Options]]] = {}
+        rest: dict[str, list[tuple[Tensor, tuple[Tensor, ...], Rule]]] = {}
+        for group in self.param_groups:
+            if group["algorithm"] == "dion":
+                o = self._options(group)
+                for p in _with_gradient(group):
+                    jobs = lowrank.setdefault(choose(self._backend, p.device, p.dtype)[0], [])
+                    jobs.extend((p, matrix, o) for matrix in self._matrices(p, group))
+            else:
+                rule = _rule(group)
+                for p in _with_gradient(group):
+                    tensors = rest.setdefault(choose(self._backend, p.device, p.dtype)[0], [])
+                    tensors.extend((p, views, rule) for views in self._pieces(p))
+        for name, jobs in lowrank.items():
+            reports = _lowrank(name, [(matrix, o) for _, matrix, o in jobs])
+            for (p, _, _), report in zip(jobs, reports, strict=True):
+                self._reports.setdefault(p, []).append(report)
+        for name, tensors in rest.items():
+            skipped = _elementwise(name, [(views, rule) for _, views, rule in tensors])
+            for (p, _, _), skip in zip(tensors, skipped, strict=True):
+                self._reports.setdefault(p, []).append(Report(skip))
+        self._count_skipped()
+        return loss
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for p in _with_gradient(group):
+                g = p.grad
+                assert g is not None
+                if g.layout != torch.strided:
+                    raise TypeError(
+                        f"the gradient of {self._name(p)} is sparse; make it dense (embedding: sparse=False)"
+                    )
+                if g.dtype not in _FLOATS:
+                    raise TypeError(
+                        f"the gradient of {self._name(p)} has dtype {g.dtype}; it must be real and floating"
+                    )
+                if g.shape != p.shape:
+                    raise ValueError(
+                        f"the gradient of {self._name(p)} has shape {tuple(g.shape)}; clear it and run backward again"
+                    )
+                if g.device != p.device:
+                    raise ValueError(
+                        f"the gradient of {self._name(p)} is on {g.device}, the parameter on {p.device}; move one"
+                    )
+
+    def _options(self, group: dict[str, Any]) -> Options:
+        right_factor, feedback, nesterov = self.resolved(group)
+        a, b = feedback_numbers(feedback, float(group["mu"]))
+        return Options(
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            a=a,
+            b=b,
+            right_factor=right_factor,
+            tail=group["tail"],
+            tail_scale=float(group["tail_scale"]),
+            kappa=float(group["mu"]) if nesterov else None,
+            maximize=group["maximize"],
+            epsilon=float(group["epsilon"]),
+            diagnostics=self._diagnose,
+        )
+
+    def resolved(self, group: dict[str, Any]) -> tuple[Any, Any, bool]:
+        """``(right_factor, feedback, nesterov)`` of a group, with None replaced by what goes with its tail."""
+        completed = group["tail"] != "feedback"
+        right_factor, feedback = self._published
+        if completed:  # section 3b: the values that were measured best
+            right_factor = "polar"
+            feedback = "momentum" if group["tail"] == "linear" else (float(group["mu"]), min(0.7, float(group["mu"])))
+        given = group["right_factor"], group["feedback"], group["nesterov"]
+        return (
+            given[0] or right_factor,
+            feedback if given[1] is None else given[1],
+            completed if given[2] is None else given[2],
+        )
+
+    def _matrices(self, p: Tensor, group: dict[str, Any]) -> list[Matrix]:
+        state, how = self.state[p], (group["flatten"], group["row_blocks"])
+        assert p.grad is not None
+        x = blocks.matrices(p, p, *how)
+        g = blocks.matrices(p.grad, p, *how)
+        m = blocks.matrices(state["momentum"], p, *how)
+        q = [state["Q"]] if _single(p, group) else list(state["Q"].unbind(0))
+        scale = (x[0].shape[0] / max(x[0].shape[1], 1)) ** 0.5 if x else 1.0
+        result = []
+        for xi, gi, mi, qi in zip(x, g, m, q, strict=True):
+            if qi.shape[0] != xi.shape[1]:  # Q has the rows of X: the transposed problem
+                xi, gi, mi = xi.T, gi.T, mi.T
+            result.append(Matrix(xi, gi, mi, qi, scale))
+        return result
+
+    def _pieces(self, p: Tensor) -> list[tuple[Tensor, ...]]:
+        """(X, G, M[, V]) as 2-D views: one row where all lie alike in memory, else matrices along leading axes."""
+        state = self.state[p]
+        tensors = [p, p.grad, state["momentum"], *([state["variance"]] if "variance" in state else [])]
+        if all(t.is_contiguous() for t in tensors):
+            return [tuple(t.view(1, -1) for t in tensors)]
+        pieces = [tuple(tensors)]
+        while pieces and pieces[0][0].ndim > 2:
+            pieces = [sub for piece in pieces for sub in zip(*(t.unbind(0) for t in piece), strict=True)]
+        if pieces and pieces[0][0].ndim == 1:
+            pieces = [tuple(t[None] for t in piece) for piece in pieces]
+        return pieces
+
+    def _count_skipped(self) -> None:
+        for p, reports in self._reports.items():
+            if any(r.skipped for r in reports):
+                name = self._name(p)
+                if not self.skipped_steps:
+                    warnings.warn(
+                        f"the gradient or momentum of {name} holds NaN or infinity: it was not stepped. "
+                        "Further ones are counted in optimizer.skipped_steps",
+                        stacklevel=4,
+                    )
+                self.skipped_steps[name] += 1
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state, this library's or microsoft/dion's, keeping each state tensor's dtype to the bit.
+
+        Raises:
+            ValueError: if groups or the shapes of states do not fit; then nothing has changed.
+        """
+        own = [p for g in self.param_groups for p in g["params"]]
+        groups, states = state_dict["param_groups"], state_dict["state"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError("the loaded state has other parameter groups than this optimizer; build them alike first")
+        ids = [i for g in groups for i in g["params"]]
+        algorithms = [g for g in self.param_groups for _ in g["params"]]
+        loaded = [self._fitted(p, g, states.get(i, {})) for p, g, i in zip(own, algorithms, ids, strict=True)]
+        kept = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in self.param_groups]
+        super().load_state_dict({**state_dict, "state": {}})
+        for group, old in zip(self.param_groups, kept, strict=True):
+            unpack_betas(group)
+            for key, value in old.items():
+                group.setdefault(key, value)  # keys that the checkpoint's library does not have
+        for p, state in zip(own, loaded, strict=True):
+            self.state[p] = state
+
+    def _fitted(self, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Tensor]:
+        """The saved state on the parameter's device, in the dtypes configured here."""
+        current = self.state[p]
+        result = {}
+        for key, tensor in current.items():
+            new = saved.get(key)
+            if new is None:  # an optimizer that makes states late has none for a parameter it never stepped
+                result[key] = tensor
+                continue
+            fits = tuple(new.shape) == tuple(tensor.shape)
+            if key == "Q" and not fits and new.ndim == tensor.ndim:
+                # Another rank is welcome, and so is Q on the matrix's other side.
+                m, n = blocks.matrix_shape(p.shape, group["flatten"], group["row_blocks"])[1:]
+                fits = new.shape[-2] in (m, n) and new.shape[-1] <= min(m, n) and new.shape[:-2] == tensor.shape[:-2]
+            if not fits:
+                raise ValueError(
+                    f"the loaded {key} of {self._name(p)} has shape {tuple(new.shape)}, but {tuple(tensor.shape)} is "
+                    "needed; load it into the model that it was saved from"
+                )
+            result[key] = torch.empty_like(tensor) if new.shape == tensor.shape else new.new_empty(new.shape)
+            result[key] = result[key].to(tensor.dtype).to(tensor.device).copy_(new)
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        own = ("_seed", "_momentum_dtype", "_q_dtype", "_backend", "_diagnose", "skipped_steps")
+        return {**state, **{k: self.__dict__[k] for k in own}, "_reports": {}}
+
+    # ------------------------------------------------------------------ for people
+
+    def backends(self) -> dict[str, str]:
+        """Which backend serves which parameters, and why: ``{"rust: CPU tensors": "12 parameters", …}``."""
+        counts: Counter[str] = Counter()
+        for group in self.param_groups:
+            for p in group["params"]:
+                counts[": ".join(choose(self._backend, p.device, p.dtype))] += 1
+        return {k: f"{v} parameters" for k, v in counts.items()}
+
+    def __repr__(self) -> str:
+        lines = [super().__repr__()]
+        lines += [f"backend {name} ({count})" for name, count in self.backends().items()]
+        return "\n".join(lines)
+
+
+def _lowrank(backend: str, jobs: list[tuple[Matrix, Options]]) -> list[Report]:
+    if backend == "rust":
+        from ..backends import rust
+
+        return rust.lowrank_step(jobs)
+    return step(jobs, Reference(), Null())
+
+
+def _elementwise(backend: str, tensors: list[tuple[tuple[Tensor, ...], Rule]]) -> list[bool]:
+    if backend == "rust":
+        from ..backends import rust
+
+        return rust.elementwise_step(tensors)
+    return elementwise.step(tensors)
+
+
+def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
+    return [p for p in group["params"] if p.grad is not None]
+
+
+def _single(p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the parameter is one matrix, whose Q has no leading axis."""
+    return not (p.ndim == 3 and not group["flatten"]) and group["row_blocks"] == 1
+
+
+def _rule(group: dict[str, Any]) -> Rule:
+    return Rule(
+        algorithm=group["algorithm"],
+        lr=float(group["lr"]),
+        weight_decay=float(group["weight_decay"]),
+        beta1=float(group["beta1"]),
+        beta2=float(group["beta2"]),
+        epsilon=float(group["epsilon"]),
+        step=group["step"],
+        maximize=group["maximize"],
+    )
+
+
+def _is_dtensor(p: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(p, DTensor)

@@ -1,0 +1,5 @@
+"""Where a matrix lies: its rows, columns and replicas over process groups (algorithms, section 7)."""
+
+from .communicator import Communicator, Null
+
+__all__ = ["Communicator", "Null"]

@@ -1,0 +1,119 @@
+"""Several optimizers, or one at several rates, from the same start on the same batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, data
+from .config import TrainConfig
+from .loop import Progress, Result, train
+from .recipes import RECIPES
+
+__all__ = ["best", "compare", "plot", "report"]
+
+#: Colours that people with colour-vision deficiencies can tell apart (Okabe and Ito).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8a8a")
+
+
+def compare(
+    config: TrainConfig,
+    optimizers: Sequence[str],
+    lrs: Sequence[float] | None = None,
+    *,
+    path: str | Path | None = None,
+    out: Path | None = None,
+    device: str = "cpu",
+    watch: Callable[[str], AbstractContextManager[Progress]] | None = None,
+) -> list[Result]:
+    """Trains once for each optimizer (and rate), in the order given.
+
+    Args:
+        config: everything but the optimizer and its rate.
+        optimizers: names of recipes.
+        lrs: rates to try for each; None is each recipe's own.
+        path: as :func:`orthdion.train.train`.
+        device: where to train.
+        out: a folder; each run writes into one of its own there, and the comparison ``comparison.json`` and ``.png``.
+        watch: called with a run's label, gives a context whose value is called after each step.
+
+    Raises:
+        ValueError: an unknown optimizer; none at all.
+    """
+    unknown = [name for name in optimizers if name not in RECIPES]
+    if unknown or not optimizers:
+        raise ValueError(f"optimizers must be some of {', '.join(RECIPES)}, not {', '.join(unknown) or 'none'}")
+    corpus = data.load(path, config.context)
+    rates: Sequence[float | None] = lrs or [None]
+    results = []
+    for name in optimizers:
+        for lr in rates:
+            label = name if lr is None else f"{name}-{lr:g}"
+            run = config.with_(optimizer=name, lr=lr)
+            folder = out / label if out else None
+            if watch is None:
+                results.append(train(run, corpus=corpus, out=folder, device=device))
+                continue
+            with watch(label) as progress:
+                results.append(train(run, corpus=corpus, out=folder, device=device, progress=progress))
+    if out is not None:
+        text = json.dumps(report(results, corpus.source), indent=1)
+        checkpoint.write_atomically(out / "comparison.json", lambda f: f.write(text.encode()))
+        plot(results, out / "comparison.png")
+    return results
+
+
+def best(results: Sequence[Result]) -> list[Result]:
+    """The run of lowest validation loss for each optimizer, in order of first appearance."""
+    chosen: dict[str, Result] = {}
+    for r in results:
+        held = chosen.setdefault(r.config.optimizer, r)
+        if r.validation_loss < held.validation_loss:
+            chosen[r.config.optimizer] = r
+    return list(chosen.values())
+
+
+def report(results: Sequence[Result], source: str) -> dict[str, object]:
+    """All figures, as plain values."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "text": source,
+        "runs": [asdict(r) for r in results],
+    }
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Validation loss over steps and over time, the best rate of each optimizer, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, constrained_layout=True)
+    for r, colour in zip(best(results), _COLOURS * 3, strict=False):
+        losses = [row["validation"] for row in r.history]
+        label = f"{r.config.optimizer}  {r.validation_loss:.3f}"
+        axes[0].plot([row["step"] for row in r.history], losses, color=colour, label=label, linewidth=1.8)
+        axes[1].plot([row["seconds"] for row in r.history], losses, color=colour, linewidth=1.8)
+    lowest = min(r.validation_loss for r in results)
+    highest = max(row["validation"] for r in results for row in r.history[:2] or r.history)
+    axes[0].set(xlabel="step", ylabel="validation loss, nats a byte", ylim=(lowest - 0.05, highest))
+    axes[1].set(xlabel="seconds of training")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, title="final loss")
+    config = results[0].config
+    figure.suptitle(
+        f"GPT {config.width} wide, {config.layers} layers, r = {config.rank_fraction:g}·d, "
+        f"{config.steps} steps of {config.tokens_per_step} bytes"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)

@@ -1,0 +1,177 @@
+"""The training loop: one run, resumable to the bit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import checkpoint, data
+from .config import TrainConfig, learning_rate
+from .gpt import GPT
+from .recipes import RECIPES, build, state_bytes
+
+__all__ = ["Result", "train"]
+
+#: Called after each step with (step, training loss, tokens a second).
+Progress = Callable[[int, float, float], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. Losses are nats a byte, times seconds; ``optimizer_ms`` is the mean of a step's optimizer
+    part.
+    """
+
+    config: TrainConfig
+    lr: float
+    train_loss: float
+    validation_loss: float
+    tokens_per_second: float
+    optimizer_ms: float
+    state_megabytes: float
+    skipped: int
+    history: list[dict[str, Any]]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    corpus: data.Corpus | None = None,
+    path: str | Path | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Result:
+    """Trains a GPT.
+
+    Args:
+        config: the run.
+        corpus: the text; None loads ``path``.
+        path: a text file or a folder; None is the standard library.
+        out: a folder for ``checkpoint.pt`` and ``metrics.jsonl``; None writes nothing.
+        resume: continue from ``out``'s checkpoint. The rest of the run is the same, bit for bit, as without the break.
+        device: where to train.
+        progress: called after each step.
+
+    Raises:
+        ValueError: unknown optimizer, no usable text, a damaged or different checkpoint.
+    """
+    corpus = corpus or data.load(path, config.context)
+    model = GPT(config.width, config.layers, config.heads, config.context, config.seed).to(device)
+    optimizers = build(model, config)
+    base = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    rows: list[dict[str, Any]] = []
+    first = 0
+    if resume:
+        if out is None:
+            raise ValueError("resume needs out, the folder of the run to continue")
+        first = _restore(checkpoint.load(out / "checkpoint.pt"), config, model, optimizers)
+        rows = checkpoint.read_metrics(out / "metrics.jsonl", below=first)
+    metrics = _Metrics(out, rows)
+    inputs, targets = (t.to(device) for t in corpus.evaluation(config.eval_windows, config.context))
+    spent = optimizer_time = 0.0
+    loss = float("nan")
+    for step in range(first, config.steps):
+        began = time.perf_counter()
+        for o, rates in zip(optimizers, base, strict=True):
+            for group, rate in zip(o.param_groups, rates, strict=True):
+                group["lr"] = rate * learning_rate(config, step)
+        loss = _gradients(model, corpus, config, step, device)
+        if config.clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        before = time.perf_counter()
+        for o in optimizers:
+            o.step()
+        now = time.perf_counter()
+        optimizer_time += now - before
+        spent += now - began
+        done = step + 1
+        speed = (done - first) * config.tokens_per_step / spent
+        if progress:
+            progress(done, loss, speed)
+        if done % config.eval_every == 0 or done == config.steps:
+            validation = _evaluate(model, inputs, targets)
+            metrics.add(
+                {
+                    "step": done,
+                    "loss": loss,
+                    "validation": validation,
+                    "lr": learning_rate(config, step),
+                    "seconds": spent,
+                    "tokens_per_second": speed,
+                }
+            )
+        if out is not None and (done % config.checkpoint_every == 0 or done == config.steps):
+            state = {"step": done, "config": asdict(config), "model": model.state_dict()}
+            checkpoint.save(out / "checkpoint.pt", {**state, "optimizers": [o.state_dict() for o in optimizers]})
+    steps = max(config.steps - first, 1)
+    last = metrics.rows[-1] if metrics.rows else {"loss": loss, "validation": _evaluate(model, inputs, targets)}
+    return Result(
+        config=config,
+        lr=RECIPES[config.optimizer].lr if config.lr is None else config.lr,
+        train_loss=last["loss"],
+        validation_loss=last["validation"],
+        tokens_per_second=steps * config.tokens_per_step / spent if spent else 0.0,
+        optimizer_ms=1e3 * optimizer_time / steps,
+        state_megabytes=state_bytes(optimizers) / 1e6,
+        skipped=sum(sum(getattr(o, "skipped_steps", {}).values()) for o in optimizers),
+        history=metrics.rows,
+    )
+
+
+def _gradients(model: GPT, corpus: data.Corpus, config: TrainConfig, step: int, device: str) -> float:
+    """Accumulates the step's gradients; returns the mean loss."""
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=device)
+    for micro in range(config.accumulate):
+        inputs, targets = corpus.batch(config.batch, config.context, config.seed, step, micro)
+        loss = model.loss(inputs.to(device), targets.to(device)) / config.accumulate
+        loss.backward()
+        total += loss.detach()
+    return float(total)
+
+
+@torch.no_grad()
+def _evaluate(model: GPT, inputs: Tensor, targets: Tensor, size: int = 64) -> float:
+    model.eval()
+    parts = zip(inputs.split(size), targets.split(size), strict=True)
+    total = sum(float(model.loss(x, y)) * len(x) for x, y in parts)
+    model.train()
+    return total / len(inputs)
+
+
+def _restore(state: dict[str, Any], config: TrainConfig, model: GPT, optimizers: list[Optimizer]) -> int:
+    saved, wanted = state["config"], asdict(config)
+    changed = [k for k in wanted if k not in ("eval_every", "checkpoint_every") and saved.get(k) != wanted[k]]
+    if changed:
+        raise ValueError(
+            "resume: the checkpoint is of another run, with "
+            + ", ".join(f"{k}={saved.get(k)!r} (now {wanted[k]!r})" for k in changed)
+        )
+    model.load_state_dict(state["model"])
+    for o, s in zip(optimizers, state["optimizers"], strict=True):
+        o.load_state_dict(s)
+    return int(state["step"])
+
+
+class _Metrics:
+    """Rows of ``metrics.jsonl``; the file is rewritten whole, so that a kill leaves the old one or the new one."""
+
+    def __init__(self, out: Path | None, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        self._path = out / "metrics.jsonl" if out is not None else None
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self._path is not None:
+            text = "".join(json.dumps(r) + "\n" for r in self.rows)
+            checkpoint.write_atomically(self._path, lambda f: f.write(text.encode()))
