@@ -40,7 +40,8 @@ Whole = Annotated[int | None, typer.Option(show_default=False)]
 Number = Annotated[float | None, typer.Option(show_default=False)]
 
 
-def _config(preset: str, **changes: Any) -> TrainConfig:
+def _config(changes: dict[str, Any]) -> TrainConfig:
+    preset = changes["preset"]
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
     known = {f.name for f in fields(TrainConfig)}
@@ -125,7 +126,7 @@ def train(
     """Train a small GPT on real text. Options left out are the preset's."""
     from .train import train as run
 
-    config = _config(preset, **locals())
+    config = _config(dict(locals()))
     with _watch(optimizer, config.steps) as progress:
         result = run(config, path=data, out=out, resume=resume, device=_device(device), progress=progress)
     _print([result])
@@ -166,7 +167,7 @@ def compare(
     from .train.compare import best
     from .train.compare import compare as run
 
-    config = _config(preset, **locals())
+    config = _config(dict(locals()))
     try:
         rates = [float(x) for x in lrs.split(",")] if lrs else None
     except ValueError:

@@ -42,7 +42,7 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError) as e:
         raise ValueError(
-            f"resume: {path} is no intact checkpoint ({str(e).splitlines()[0]}); delete it and start without --resume"
+            f"resume: {path} is no intact checkpoint ({type(e).__name__}); delete it and start without --resume"
         ) from e
     if not isinstance(state, dict) or not {"step", "model", "optimizers", "config"} <= state.keys():
         raise ValueError(f"resume: {path} was not written by orthdion train; pass the folder of such a run")

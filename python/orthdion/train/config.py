@@ -29,7 +29,7 @@ class TrainConfig:
     steps: int = 700
     optimizer: str = "orth-dion-completed"
     lr: float | None = None
-    scalar_lr: float = 0.005
+    scalar_lr: float = 0.01
     weight_decay: float = 0.01
     rank_fraction: float = 0.25
     schedule: Schedule = "cosine"

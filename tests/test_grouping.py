@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import nn
+
+import orthdion
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.pos_emb = nn.Parameter(torch.zeros(1, 32, 16))
+        self.qkv = nn.Linear(16, 48)
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.experts = nn.Parameter(torch.zeros(4, 16, 24))
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.norm = nn.LayerNorm(16)
+        self.gate = nn.Linear(16, 1)
+        self.frozen = nn.Linear(16, 16)
+        self.frozen.requires_grad_(False)
+        self.lm_head = nn.Linear(16, 40, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+
+def decisions(model, **options):
+    return {d.name: d for d in orthdion.param_groups(model, **options).decisions}
+
+
+def test_every_kind_goes_where_it_belongs_with_a_reason():
+    d = decisions(Tied())
+    expected = {
+        "embed.weight": ("adamw", "tied"),
+        "pos_emb": ("adamw", "embedding"),
+        "qkv.weight": ("dion", "three"),
+        "qkv.bias": ("adamw", "bias"),
+        "attention.in_proj_weight": ("dion", "three"),
+        "attention.out_proj.weight": ("dion", "hidden"),
+        "experts": ("dion", "stack of 4"),
+        "conv.weight": ("dion", "convolution"),
+        "depthwise.weight": ("adamw", "depthwise"),
+        "norm.weight": ("adamw", "norm"),
+        "gate.weight": ("adamw", "vector in the shape"),
+        "frozen.weight": (None, "frozen"),
+    }
+    for name, (algorithm, reason) in expected.items():
+        assert d[name].settings.get("algorithm") == algorithm, name
+        assert reason in d[name].reason, name
+    assert d["qkv.weight"].settings["row_blocks"] == 3
+    assert d["norm.weight"].settings["weight_decay"] == 0.0 == d["embed.weight"].settings["weight_decay"]
+    assert "lm_head.weight" not in d  # the same tensor as the embedding, listed once
+
+
+def test_an_untied_head_is_found_by_name_and_by_vocabulary():
+    named = nn.ModuleDict({"body": nn.Linear(8, 8), "lm_head": nn.Linear(8, 30)})
+    assert "head" in decisions(named)["lm_head.weight"].reason
+    sized = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 30))
+    d = decisions(sized)
+    assert d["2.weight"].settings == {"algorithm": "adamw"} and d["1.weight"].settings["algorithm"] == "dion"
+
+
+def test_overrides_by_pattern_and_typos_are_refused():
+    d = decisions(Tied(), overrides={"experts": "adamw", "attention.*": {"rank_fraction": 0.5}, "qkv.weight": "adamw"})
+    assert d["experts"].settings == {"algorithm": "adamw"}
+    assert d["qkv.weight"].settings == {"algorithm": "adamw"}
+    assert d["attention.in_proj_weight"].settings["rank_fraction"] == 0.5
+    assert "overridden by 'experts'" in d["experts"].reason
+    with pytest.raises(ValueError, match=r"no parameter matches 'expert\.\*'"):
+        decisions(Tied(), overrides={"expert.*": "adamw"})
+    with pytest.raises(ValueError, match="vector norm.weight"):
+        decisions(Tied(), overrides={"norm.weight": "dion"})
+
+
+def test_lions_head_gets_its_own_rate():
+    m = nn.ModuleDict({"body": nn.Linear(16, 16), "lm_head": nn.Linear(16, 30, bias=False)})
+    with pytest.raises(ValueError, match="lr"):
+        orthdion.param_groups(m, scalar="lion")
+    d = decisions(m, scalar="lion", lr=0.01)
+    assert d["lm_head.weight"].settings == {"algorithm": "lion", "lr": 0.0025}
+    assert decisions(m, scalar_lr=0.3)["lm_head.weight"].settings == {"algorithm": "adamw", "lr": 0.3}
+
+
+def test_the_groups_step_the_whole_model_and_print_as_a_table():
+    m = Tied()
+    groups = orthdion.param_groups(m)
+    o = orthdion.OrthDion(groups, lr=0.1)
+    for p in m.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    before = {n: p.detach().clone() for n, p in m.named_parameters()}
+    o.step()
+    moved = {n for n, p in m.named_parameters() if not torch.equal(before[n], p)}
+    assert moved == {n for n, p in m.named_parameters() if p.requires_grad}
+    text = str(groups)
+    assert "experts" in text and "stack of 4 hidden matrices" in text and "% of" in text
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: orthdion.param_groups([nn.Parameter(torch.zeros(2))]), lambda: orthdion.param_groups(None)]
+)
+def test_what_is_no_model_is_refused(call):
+    with pytest.raises(TypeError, match="pass the model"):
+        call()
