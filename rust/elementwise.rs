@@ -1,4 +1,4 @@
-//! AdamW and Lion over lists of tensors (algorithms, section 6): one pass over memory each.
+//! AdamW and Lion over lists of tensors (docs/algorithms.md, section 6): one pass over memory each.
 
 use crate::error::Error;
 use crate::gemm::Context;

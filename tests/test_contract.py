@@ -218,18 +218,18 @@ def test_microsofts_checkpoint_loads_and_missing_keys_keep_their_values():
     wide, vector = parameter(randn(6, 10)), parameter(randn(4))
     o = orthdion.Dion([{"params": [wide]}, {"params": [vector], "algorithm": "adamw"}], rank_fraction=0.5)
     q = randn(10, 3, seed=1)
-    group = dict(
-        rank_fraction=0.5,
-        rank_multiple_of=1,
-        lr=0.3,
-        mu=0.9,
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.0,
-        epsilon=1e-8,
-        oversample=1.25,
-        step=12,
-    )
+    group = {
+        "rank_fraction": 0.5,
+        "rank_multiple_of": 1,
+        "lr": 0.3,
+        "mu": 0.9,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "weight_decay": 0.0,
+        "epsilon": 1e-8,
+        "oversample": 1.25,
+        "step": 12,
+    }
     theirs = {
         "state": {0: {"momentum": randn(6, 10, seed=2), "Q": q}},
         "param_groups": [{**group, "algorithm": "dion", "params": [0]}, {**group, "algorithm": "adamw", "params": [1]}],

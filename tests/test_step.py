@@ -16,7 +16,7 @@ from orthdion.sharding import Null
 RIGHTS = ("qr", "column", "polar")
 TAILS = ("feedback", "linear", "normalized")
 OPTIONS = [
-    dict(right_factor=r, tail=t, nesterov=n, feedback=f)
+    {"right_factor": r, "tail": t, "nesterov": n, "feedback": f}
     for r, t, n, f in itertools.product(
         RIGHTS, TAILS, (False, True), ("dion", "orth-dion", "pure", "momentum", (0.95, 0.7))
     )
@@ -35,7 +35,9 @@ def run(backend, shapes, steps, dtype=torch.float64, lr=0.02, seed=0, grads=None
 
 
 def distance(ours, theirs):
-    """Largest distance of weights and momenta, relative where they are larger than 1 (a momentum that is fed back whole is 0)."""
+    """Largest distance of weights and momenta, relative where they are larger than 1 (a momentum that is fed back
+    whole is 0).
+    """
     pairs = zip((*ours[0], *ours[1]), (*theirs[0], *theirs[1]), strict=True)
     return max(float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1.0)) for x, y in pairs)
 
@@ -206,7 +208,7 @@ def test_the_completed_step_has_unit_head_and_the_tails_root_mean_square(tail):
 def test_a_tail_that_is_exactly_or_nearly_zero_adds_no_noise(tail, share):
     g = with_spectrum(60, 40, torch.cat([torch.ones(10), torch.full((30,), share)]).double()).float()
     p = parameter(torch.zeros(60, 40), g)
-    options = dict(lr=1.0, weight_decay=0.0, rank_fraction=0.25)
+    options = {"lr": 1.0, "weight_decay": 0.0, "rank_fraction": 0.25}
     o = orthdion.OrthDion([p], tail=tail, **options)
     for _ in range(5):
         p.grad = g.clone()

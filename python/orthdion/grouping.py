@@ -1,4 +1,4 @@
-"""Which parameter goes to which algorithm, and why (algorithms, section 6).
+"""Which parameter goes to which algorithm, and why (docs/algorithms.md, section 6).
 
 Hidden matrices go to the low-rank algorithm. Embeddings, the head, norms, biases and vectors go to AdamW or Lion:
 Dion's family runs on an embedding or a head but trains poorly there.

@@ -5,7 +5,7 @@
 //! float32's own roundoff up to κ ≈ 10⁴, for the price of two products. [`factor`] estimates κ from the triangular
 //! factor it has anyway and takes a second pass, or Householder reflections, where one does not suffice.
 //!
-//! A direction that the input does not determine is *null* (algorithms, section 2): its column of the orthonormal factor is
+//! A direction that the input does not determine is *null* (docs/algorithms.md, section 2): its column of the orthonormal factor is
 //! zero and its row of the triangular one too. The rule: `|T_jj| ≤ tol · max_i ‖a_i‖`.
 
 mod cholesky;

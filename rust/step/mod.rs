@@ -1,4 +1,4 @@
-//! The low-rank step of Dion's family for one matrix, and over a list of them (algorithms, sections 1 to 3b).
+//! The low-rank step of Dion's family for one matrix, and over a list of them (docs/algorithms.md, sections 1 to 3b).
 //!
 //! ```text
 //! M⁺ = M + G                          never stored: formed while panels are packed
@@ -27,7 +27,7 @@ use crate::scalar::Real;
 use crate::scratch::Scratch;
 use crate::view::{Mat, MatMut};
 
-/// What is done with the part of B that rank r misses (algorithms, section 3b).
+/// What is done with the part of B that rank r misses (docs/algorithms.md, section 3b).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Tail {
     /// It stays in M until later steps: the published form.

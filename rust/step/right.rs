@@ -1,4 +1,4 @@
-//! The right factor: the one line in which Dion, Orth-Dion and the exact polar step differ (algorithms, section 2).
+//! The right factor: the one line in which Dion, Orth-Dion and the exact polar step differ (docs/algorithms.md, section 2).
 
 use super::{Options, Report};
 use crate::error::Error;
@@ -108,7 +108,7 @@ impl Right {
     }
 }
 
-/// exp of the entropy of the normalised column norms (algorithms, section 10).
+/// exp of the entropy of the normalised column norms (docs/algorithms.md, section 10).
 fn effective_rank(norms: &[f64]) -> f64 {
     let total: f64 = norms.iter().sum();
     if total == 0.0 {

@@ -1,7 +1,7 @@
 """The primitives in plain torch, as the paper writes them. The oracle of every test; serves any device.
 
 Factorisations run in double precision (single where a device has no double), whatever tensors are stored in. Sections
-are those of the algorithms page of the documentation.
+are those of the documentation's algorithms.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a parameter is seen as matrices: stacks, flattened convolutions, fused blocks (algorithms, section 5)."""
+"""How a parameter is seen as matrices: stacks, flattened convolutions, fused blocks (docs/algorithms.md, section 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW and Lion for the parameters that are no hidden matrices (algorithms, section 6)."""
+"""AdamW and Lion for the parameters that are no hidden matrices (docs/algorithms.md, section 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step of Dion's family, written once, over primitives and a communicator (algorithms, sections 1 to 3b).
+"""The step of Dion's family, written once, over primitives and a communicator (docs/algorithms.md, sections 1 to 3b).
 
 ::
 

@@ -1,4 +1,4 @@
-"""Where a matrix lies: its rows, columns and replicas over process groups (algorithms, section 7)."""
+"""Where a matrix lies: its rows, columns and replicas over process groups (docs/algorithms.md, section 7)."""
 
 from .communicator import Communicator, Null
 
