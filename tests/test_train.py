@@ -120,7 +120,7 @@ def test_unusable_text_is_refused(tmp_path, make):
     elif make == "one file":
         path.mkdir()
         (path / "a.txt").write_text("x" * 1000)
-    with pytest.raises(ValueError, match="data: .*"):
+    with pytest.raises(ValueError, match=r"^data: "):
         corpora.load(path, 16)
 
 

@@ -15,7 +15,7 @@ ALGORITHMS = ("dion", "adamw", "lion")
 RIGHT_FACTORS = ("qr", "column", "polar")
 TAILS = ("feedback", "linear", "normalized")
 
-#: Published forms of the error feedback ``M ← a·(B − P Rᵀ) + b·P Rᵀ``, as functions of μ (docs/algorithms.md, section 3).
+#: Published forms of the error feedback ``M ← a·(B − P Rᵀ) + b·P Rᵀ`` by μ (docs/algorithms.md, section 3).
 FEEDBACK: dict[str, Callable[[float], tuple[float, float]]] = {
     "dion": lambda mu: (1.0, mu),
     "orth-dion": lambda mu: (mu, 0.0),
