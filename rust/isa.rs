@@ -140,6 +140,21 @@ impl Isa {
     }
 }
 
+/// Asks for `bytes` bytes from `p` on to be brought into the second-level cache. Only a hint: any address will do.
+#[inline(always)]
+pub(crate) fn prefetch(p: *const u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..bytes.div_ceil(64) {
+        // SAFETY: SSE is part of x86-64, and a prefetch never faults.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(64 * line).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (p, bytes);
+}
+
 /// Implements `Level::tile` by a match over the vectors of a tile.
 macro_rules! tiles {
     ($nr:literal: $($mv:literal)+) => {

@@ -1,13 +1,13 @@
 //! The loops around the register tile.
 
-use super::line::Line;
-use super::pack::{Packed, SendPtr, Terms, pack_rhs};
+use super::epilogue::Epilogue;
+use super::pack::{Ahead, Packed, SendPtr, Terms, pack_rhs};
 use super::{Context, Tile};
 use crate::isa::{Kernel, Level, Simd};
 use crate::pool;
 use crate::scalar::Real;
 use crate::scratch::Scratch;
-use crate::view::{Mat, MatMut};
+use crate::view::MatMut;
 use std::ops::Range;
 
 /// Which part of a product is wanted or known to be zero.
@@ -54,10 +54,12 @@ impl<T: Real> Product<'_, '_, T> {
         let body = Body {
             lhs: self.lhs,
             rhs: self.rhs,
-            out: self.out.raw(),
-            alpha: T::of(self.alpha),
-            beta: T::of(self.beta),
-            plus: self.plus,
+            epilogue: Epilogue {
+                out: self.out.raw(),
+                alpha: T::of(self.alpha),
+                beta: T::of(self.beta),
+                plus: self.plus,
+            },
             sums,
             region: self.region,
         };
@@ -74,10 +76,7 @@ impl<T: Real> Product<'_, '_, T> {
 struct Body<'a, 'b, T> {
     lhs: &'b Packed<T>,
     rhs: Terms<'a>,
-    out: Mat<'a>,
-    alpha: T,
-    beta: T,
-    plus: Terms<'a>,
+    epilogue: Epilogue<'a, T>,
     sums: Option<SendPtr<f64>>,
     region: Region,
 }
@@ -94,9 +93,13 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
     fn run<L: Level>(self) {
         let b = self.body;
         let mr = L::MV * <T::Simd<L> as Simd<T>>::LANES;
-        // Long reductions amortise a small accumulator; short ones want many rows to reuse a packed right side.
         let mc = b.lhs.padded.min(mr * (768 / mr).max(1));
-        let nc = (ACC / mc / L::NR * L::NR).clamp(L::NR, 96 / L::NR * L::NR);
+        // A reduction of one block is finished strip by strip, while its sums are in the first-level cache; a longer one
+        // revisits its accumulator, which then should cover long lines of the right side.
+        let nc = match b.lhs.depth <= T::KC {
+            true => L::NR,
+            false => (ACC / mc / L::NR * L::NR).clamp(L::NR, 384 / L::NR * L::NR),
+        };
         let k_major = b.rhs.contiguous_down();
         let mut acc = Scratch::<T>::new(mc * nc);
         let mut packed = Scratch::<T>::new(nc * T::KC);
@@ -125,15 +128,13 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
                                 line.as_mut_ptr(),
                                 sums,
                             );
-                            block::<T, L>(
-                                b,
-                                (i0, mi),
-                                (j0, nj),
-                                (k0, kc),
-                                packed.as_ptr(),
-                                k_major,
-                                acc.as_mut_ptr(),
-                            );
+                            let after = if k0 + kc < b.lhs.depth { (k0 + kc, j0) } else { (0, j0 + nj) };
+                            let next_k = (after.0, T::KC.min(b.lhs.depth - after.0));
+                            let next_j = (after.1, nc.min(self.range.end - after.1));
+                            let tiles = nj.div_ceil(L::NR) * mi.div_ceil(mr);
+                            let mut ahead = Ahead::new(b.rhs, next_k, next_j, k_major, tiles);
+                            let at = ((i0, mi), (j0, nj), (k0, kc));
+                            block::<T, L>(b, at, packed.as_ptr(), k_major, acc.as_mut_ptr(), &mut ahead);
                             k0 += kc;
                         }
                         if b.lhs.depth == 0 {
@@ -149,6 +150,9 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
     }
 }
 
+/// First index and length along the rows, the columns and the reduction.
+type Block = ((usize, usize), (usize, usize), (usize, usize));
+
 /// Adds one block of the reduction to the accumulator, tile by tile.
 ///
 /// # Safety
@@ -156,13 +160,13 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
 #[inline(always)]
 unsafe fn block<T: Real, L: Level>(
     b: &Body<'_, '_, T>,
-    (i0, mi): (usize, usize),
-    (j0, nj): (usize, usize),
-    (k0, kc): (usize, usize),
+    ((i0, mi), (j0, nj), (k0, kc)): Block,
     packed: *const T,
     k_major: bool,
     acc: *mut T,
+    ahead: &mut Ahead<'_>,
 ) {
+    let last = k0 + kc == b.lhs.depth;
     let lanes = <T::Simd<L> as Simd<T>>::LANES;
     let mr = L::MV * lanes;
     let mut j = 0;
@@ -175,6 +179,11 @@ unsafe fn block<T: Real, L: Level>(
                 _ => kc,
             };
             let wanted = b.region != Region::Upper || i0 + i < j0 + j + L::NR;
+            ahead.advance();
+            if last {
+                let wide = L::NR.min(nj - j);
+                b.epilogue.prefetch((i0 + i, j0 + j), rows.min(b.lhs.rows - (i0 + i).min(b.lhs.rows)), wide);
+            }
             if wanted && (depth > 0 || k0 == 0) {
                 // SAFETY: the panels exist and the accumulator holds whole tiles.
                 unsafe {
@@ -215,19 +224,6 @@ unsafe fn emit<T: Real>(
             rows = rows.min((j0 + j + 1).saturating_sub(i0));
         }
         // SAFETY: `rows` elements of line `j` of the accumulator, and of column `j0 + j` of `out` and `plus`.
-        unsafe {
-            let line = acc.add(j * mi);
-            if b.alpha != T::of(1.0) {
-                for i in 0..rows {
-                    *line.add(i) = b.alpha * *line.add(i);
-                }
-            }
-            b.plus.read((i0, j0 + j), true, line, rows, true);
-            let out = Line::down(b.out, i0, j0 + j);
-            if b.beta != T::default() {
-                out.add_to(line, rows, b.beta);
-            }
-            out.write(line, rows);
-        }
+        unsafe { b.epilogue.line((i0, j0 + j), acc.add(j * mi), rows) };
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Plain loops; they are inlined into kernels and vectorised there for the level at hand.
 
+use crate::isa::prefetch;
 use crate::scalar::{Dtype, Element, Real, with_element};
 use crate::view::Mat;
 
@@ -24,6 +25,20 @@ impl Line {
     #[inline(always)]
     pub(crate) fn along(view: Mat<'_>, i: usize, j: usize) -> Self {
         Line { ptr: view.at(i, j), dtype: view.dtype, stride: view.cs }
+    }
+
+    /// Asks for the line's first `len` elements, if they are contiguous.
+    #[inline(always)]
+    pub(crate) fn prefetch(self, len: usize) {
+        if self.stride == 1 {
+            prefetch(self.ptr, len * self.dtype.size());
+        }
+    }
+
+    /// The line's memory, if it is contiguous and of element type `T`.
+    #[inline(always)]
+    pub(crate) fn dense<T: Element>(self) -> Option<*mut T> {
+        (self.stride == 1 && self.dtype == T::DTYPE).then(|| self.ptr.cast::<T>().cast_mut())
     }
 
     /// `dst ← c·line`
@@ -91,28 +106,30 @@ impl Line {
     }
 }
 
-/// Σ x², in double precision, eight partial sums in a fixed order.
+/// Σ x² over at most a few hundred elements: partial sums in `T`, few enough not to matter, joined in double in a fixed
+/// order.
 ///
 /// # Safety
 /// `x` is readable for `len` elements.
 #[inline(always)]
 pub(crate) unsafe fn sum_of_squares<T: Real>(x: *const T, len: usize) -> f64 {
-    let mut s = [0.0f64; 8];
-    let body = len / 8 * 8;
+    const LANES: usize = 32;
+    let mut s = [T::default(); LANES];
+    let body = len / LANES * LANES;
     // SAFETY: every index is below `len`.
     unsafe {
         let mut i = 0;
         while i < body {
             for (l, sl) in s.iter_mut().enumerate() {
-                let v = (*x.add(i + l)).f64();
+                let v = *x.add(i + l);
                 *sl += v * v;
             }
-            i += 8;
+            i += LANES;
         }
         for (l, sl) in s.iter_mut().enumerate().take(len - body) {
-            let v = (*x.add(body + l)).f64();
+            let v = *x.add(body + l);
             *sl += v * v;
         }
     }
-    ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]))
+    s.into_iter().map(T::f64).sum()
 }

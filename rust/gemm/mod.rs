@@ -15,6 +15,7 @@
 //! summed in one fixed order, so results are the same bits for any number of threads.
 
 mod driver;
+mod epilogue;
 pub(crate) mod line;
 mod pack;
 

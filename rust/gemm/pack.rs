@@ -52,6 +52,21 @@ impl<'a> Terms<'a> {
         self.terms[0].is_some_and(|(_, a)| a.rs == 1 || a.cs != 1)
     }
 
+    /// The terms' coefficients and their lines down a column from `(i, j)`.
+    #[inline(always)]
+    pub(crate) fn lines_down<T: Real>(&self, i: usize, j: usize) -> [Option<(T, Line)>; 2] {
+        self.terms.map(|t| t.map(|(c, view)| (T::of(c), Line::down(view, i, j))))
+    }
+
+    /// Asks for what [`Terms::read`] would read.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, (i, j): (usize, usize), down: bool, len: usize) {
+        for (_, view) in self.terms.iter().flatten() {
+            let line = if down { Line::down(*view, i, j) } else { Line::along(*view, i, j) };
+            line.prefetch(len);
+        }
+    }
+
     /// `dst ← Σ c·line`, or `+=` if `add`; lines start at `(i, j)` and run down a column or along a row.
     ///
     /// # Safety
@@ -65,6 +80,19 @@ impl<'a> Terms<'a> {
         len: usize,
         mut add: bool,
     ) {
+        if let ([Some((c0, a)), Some((c1, b))], false) = (self.terms, add) {
+            let line = |v| if down { Line::down(v, i, j) } else { Line::along(v, i, j) };
+            if let (Some(x), Some(y)) = (line(a).dense::<T>(), line(b).dense::<T>()) {
+                let (c0, c1) = (T::of(c0), T::of(c1));
+                // SAFETY: the caller's.
+                unsafe {
+                    for k in 0..len {
+                        *dst.add(k) = c0 * *x.add(k) + c1 * *y.add(k);
+                    }
+                }
+                return;
+            }
+        }
         for (c, view) in self.terms.iter().flatten() {
             let line = if down { Line::down(*view, i, j) } else { Line::along(*view, i, j) };
             // SAFETY: the caller's.
@@ -184,6 +212,44 @@ impl<T: Real> Kernel for PackLhs<'_, T> {
     }
 }
 
+/// The lines of the block that will be packed next, asked for a few at a time while tiles are computed: reading them
+/// then costs no wait for memory.
+pub(super) struct Ahead<'a> {
+    rhs: Terms<'a>,
+    k_major: bool,
+    start: (usize, usize),
+    len: usize,
+    next: usize,
+    lines: usize,
+    /// Lines to ask for at each call.
+    share: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// For the block of `kc` reductions from `k0` and `nj` columns from `j0`, over `calls` calls.
+    #[inline(always)]
+    pub(super) fn new(
+        rhs: Terms<'a>,
+        (k0, kc): (usize, usize),
+        (j0, nj): (usize, usize),
+        k_major: bool,
+        calls: usize,
+    ) -> Self {
+        let (lines, len) = if k_major { (nj, kc) } else { (kc, nj) };
+        Ahead { rhs, k_major, start: (k0, j0), len, next: 0, lines, share: lines.div_ceil(calls.max(1)) }
+    }
+
+    #[inline(always)]
+    pub(super) fn advance(&mut self) {
+        let (k, j) = self.start;
+        for l in self.next..self.lines.min(self.next + self.share) {
+            let at = if self.k_major { (k, j + l) } else { (k + l, j) };
+            self.rhs.prefetch(at, self.k_major, self.len);
+        }
+        self.next += self.share;
+    }
+}
+
 /// Packs rows `k0..k0+kc`, columns `j0..j0+nj` of `rhs` into panels of `nr` columns, `KC·nr` elements each; missing
 /// columns become zero. If `sums` is given, adds each column's squares to `sums[j − j0]`.
 ///
@@ -233,9 +299,7 @@ pub(super) unsafe fn pack_rhs<T: Real>(
                 let mut j = 0;
                 while j < padded {
                     let p = dst.add(j * T::KC + k * nr);
-                    for l in 0..nr {
-                        *p.add(l) = *line.add(j + l);
-                    }
+                    std::ptr::copy_nonoverlapping(line.add(j), p, nr); // one register: `nr` is a constant here
                     j += nr;
                 }
             }

@@ -207,9 +207,12 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     };
 
     // P = orth(B Q)
+    let energies_count = o.tail != Tail::Feedback || o.diagnostics;
     let mut row_energy = Scratch::<f64>::zeros(m);
     let mut p = Scratch::<T>::new(m * r);
-    let Some(size) = project(cx, unscaled, matrix.q.as_ref(), &mut p, &mut row_energy) else {
+    let Some(size) =
+        project(cx, unscaled, matrix.q.as_ref(), &mut p, energies_count.then_some(&mut row_energy[..]))
+    else {
         return skipped;
     };
     let b = unscaled.scaled(size);
@@ -225,7 +228,7 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     let packed = Packed::<T>::new(cx, p.t());
     let mut column_energy = Scratch::<f64>::zeros(n);
     let mut rfac = Scratch::<T>::new(n * r);
-    project_back(cx, &packed, b, &mut rfac, Some(&mut column_energy));
+    project_back(cx, &packed, b, &mut rfac, energies_count.then_some(&mut column_energy[..]));
     let own = (kappa != 0.0 && o.a != o.b).then(|| {
         let mut w = Scratch::<T>::new(n * r);
         project_back(cx, &packed, Terms::two(size, mv, size * sign, gv), &mut w, None);
@@ -280,9 +283,9 @@ fn project<T: Real>(
     b: Terms<'_>,
     q: Mat<'_>,
     p: &mut [T],
-    row_energy: &mut [f64],
+    mut row_energy: Option<&mut [f64]>,
 ) -> Option<f64> {
-    let (m, r) = (row_energy.len(), q.cols);
+    let (m, r) = (b.shape()?.0, q.cols);
     let lhs = Packed::<T>::new(cx, q.t());
     let mut size = 1.0;
     for attempt in 0..2 {
@@ -293,7 +296,7 @@ fn project<T: Real>(
             alpha: 1.0,
             beta: 0.0,
             plus: Terms::none(),
-            sums: Some(row_energy),
+            sums: row_energy.as_deref_mut(),
             region: Region::All,
         }
         .run(cx);
@@ -416,8 +419,8 @@ pub fn power_iteration<T: Real>(
             return Err(Error::Shape { what, need: (want_rows, want_cols), got: (rows, cols) });
         }
     }
-    let (mut sketch, mut energy) = (Scratch::<T>::new(m * k), Scratch::zeros(m));
-    if k > 0 && project(cx, Terms::one(a), q, &mut sketch, &mut energy).is_none() {
+    let mut sketch = Scratch::<T>::new(m * k);
+    if k > 0 && project(cx, Terms::one(a), q, &mut sketch, None).is_none() {
         return Err(Error::NonFinite { what: "the matrix" });
     }
     let factor = qr::factor::<T>(cx, Mat::row_major(&sketch, m, k), tol, None)?;
