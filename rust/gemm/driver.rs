@@ -1,7 +1,7 @@
 //! The loops around the register tile.
 
 use super::epilogue::Epilogue;
-use super::pack::{Ahead, Packed, SendPtr, Terms, pack_rhs};
+use super::pack::{Packed, SendPtr, Terms, pack_rhs};
 use super::{Context, Tile};
 use crate::isa::{Kernel, Level, Simd};
 use crate::pool;
@@ -128,13 +128,8 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
                                 line.as_mut_ptr(),
                                 sums,
                             );
-                            let after = if k0 + kc < b.lhs.depth { (k0 + kc, j0) } else { (0, j0 + nj) };
-                            let next_k = (after.0, T::KC.min(b.lhs.depth - after.0));
-                            let next_j = (after.1, nc.min(self.range.end - after.1));
-                            let tiles = nj.div_ceil(L::NR) * mi.div_ceil(mr);
-                            let mut ahead = Ahead::new(b.rhs, next_k, next_j, k_major, tiles);
                             let at = ((i0, mi), (j0, nj), (k0, kc));
-                            block::<T, L>(b, at, packed.as_ptr(), k_major, acc.as_mut_ptr(), &mut ahead);
+                            block::<T, L>(b, at, packed.as_ptr(), k_major, acc.as_mut_ptr());
                             k0 += kc;
                         }
                         if b.lhs.depth == 0 {
@@ -164,7 +159,6 @@ unsafe fn block<T: Real, L: Level>(
     packed: *const T,
     k_major: bool,
     acc: *mut T,
-    ahead: &mut Ahead<'_>,
 ) {
     let last = k0 + kc == b.lhs.depth;
     let lanes = <T::Simd<L> as Simd<T>>::LANES;
@@ -179,7 +173,6 @@ unsafe fn block<T: Real, L: Level>(
                 _ => kc,
             };
             let wanted = b.region != Region::Upper || i0 + i < j0 + j + L::NR;
-            ahead.advance();
             if last {
                 let wide = L::NR.min(nj - j);
                 b.epilogue.prefetch((i0 + i, j0 + j), rows.min(b.lhs.rows - (i0 + i).min(b.lhs.rows)), wide);

@@ -212,44 +212,6 @@ impl<T: Real> Kernel for PackLhs<'_, T> {
     }
 }
 
-/// The lines of the block that will be packed next, asked for a few at a time while tiles are computed: reading them
-/// then costs no wait for memory.
-pub(super) struct Ahead<'a> {
-    rhs: Terms<'a>,
-    k_major: bool,
-    start: (usize, usize),
-    len: usize,
-    next: usize,
-    lines: usize,
-    /// Lines to ask for at each call.
-    share: usize,
-}
-
-impl<'a> Ahead<'a> {
-    /// For the block of `kc` reductions from `k0` and `nj` columns from `j0`, over `calls` calls.
-    #[inline(always)]
-    pub(super) fn new(
-        rhs: Terms<'a>,
-        (k0, kc): (usize, usize),
-        (j0, nj): (usize, usize),
-        k_major: bool,
-        calls: usize,
-    ) -> Self {
-        let (lines, len) = if k_major { (nj, kc) } else { (kc, nj) };
-        Ahead { rhs, k_major, start: (k0, j0), len, next: 0, lines, share: lines.div_ceil(calls.max(1)) }
-    }
-
-    #[inline(always)]
-    pub(super) fn advance(&mut self) {
-        let (k, j) = self.start;
-        for l in self.next..self.lines.min(self.next + self.share) {
-            let at = if self.k_major { (k, j + l) } else { (k + l, j) };
-            self.rhs.prefetch(at, self.k_major, self.len);
-        }
-        self.next += self.share;
-    }
-}
-
 /// Packs rows `k0..k0+kc`, columns `j0..j0+nj` of `rhs` into panels of `nr` columns, `KC·nr` elements each; missing
 /// columns become zero. If `sums` is given, adds each column's squares to `sums[j − j0]`.
 ///
