@@ -84,8 +84,8 @@ fn rows<'a>(
 /// The low-rank step over a list of matrices of one working precision.
 ///
 /// table: int64 (N, 27): m, n, r and the views X, G, M (m×n) and Q (n×r).
-/// numbers: float64 (N, 12): lr, weight_decay, a, b, right factor (0 qr, 1 column, 2 polar), tail (0 feedback, 1 linear,
-/// 2 normalized), tail_scale, κ or NaN, maximize, epsilon, diagnostics, scale.
+/// numbers: float64 (N, 13): lr, weight_decay, a, b, right factor (0 qr, 1 column, 2 polar), tail (0 feedback, 1 linear,
+/// 2 normalized), tail_scale, κ or NaN, maximize, epsilon, diagnostics, bfloat16 products, scale.
 /// reports: float64 (N, 8), overwritten: skipped, null, ‖B‖², ‖R‖², ν, ⟨B,D⟩, ‖R‖_*, effective rank.
 #[pyfunction]
 fn lowrank_step(
@@ -97,7 +97,7 @@ fn lowrank_step(
     threads: usize,
 ) -> PyResult<()> {
     const WIDTH: usize = HEAD + 4 * VIEW;
-    const NUMBERS: usize = 12;
+    const NUMBERS: usize = 13;
     let mut claims = Vec::new();
     let rows = rows(&table, WIDTH)?;
     let numbers = numbers.as_slice().map_err(|_| bad("the numbers must be C-contiguous"))?;
@@ -182,10 +182,11 @@ fn options(n: &[f64]) -> Result<(Options, f64), Error> {
         maximize: n[8] != 0.0,
         epsilon: n[9],
         diagnostics: n[10] != 0.0,
+        half: n[11] != 0.0,
     };
-    let finite = [o.lr, o.weight_decay, o.a, o.b, o.tail_scale, o.epsilon, n[11]];
+    let finite = [o.lr, o.weight_decay, o.a, o.b, o.tail_scale, o.epsilon, n[12]];
     if finite.iter().all(|x| x.is_finite()) {
-        Ok((o, n[11]))
+        Ok((o, n[12]))
     } else {
         Err(bad("a hyperparameter is not finite"))
     }
@@ -335,7 +336,7 @@ fn power_iteration(
     })
 }
 
-/// C ← β·C + α·A·B; the operands A, B, C.
+/// C ← β·C + α·A·B; the operands A, B, C; `half` rounds A and B to bfloat16.
 #[pyfunction]
 fn matmul(
     py: Python<'_>,
@@ -343,6 +344,7 @@ fn matmul(
     alpha: f64,
     beta: f64,
     double: bool,
+    half: bool,
     threads: usize,
 ) -> PyResult<()> {
     let claims = operands(&table, 3, 2)?;
@@ -352,7 +354,7 @@ fn matmul(
         if (a.shape.0, b.shape.1, a.shape.1) != (c.shape.0, c.shape.1, b.shape.0) {
             return Err(Error::Shape { what: "C", need: (a.shape.0, b.shape.1), got: c.shape });
         }
-        let cx = Context::new(threads);
+        let cx = Context { half, ..Context::new(threads) };
         // SAFETY: as in `lowrank_step`.
         let (a, b, c) = unsafe { (a.shared(), b.shared(), c.exclusive()) };
         if double {
@@ -364,10 +366,11 @@ fn matmul(
     })
 }
 
-/// The instruction set in use, and all that this processor has.
+/// The instruction set in use, all that this processor has, and what multiplies bfloat16 pairs ("rounded singles" if nothing).
 #[pyfunction]
-fn instruction_sets() -> (&'static str, Vec<&'static str>) {
-    (Isa::current().name(), Isa::available().into_iter().map(Isa::name).collect())
+fn instruction_sets() -> (&'static str, Vec<&'static str>, &'static str) {
+    let pairs = gemm::pairs::kernel(Isa::current()).map_or("rounded singles", |k| k.name);
+    (Isa::current().name(), Isa::available().into_iter().map(Isa::name).collect(), pairs)
 }
 
 /// orthdion's numerical core.

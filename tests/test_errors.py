@@ -41,6 +41,7 @@ NAN = float("nan")
         ({"seed": 0.5}, TypeError, "seed"),
         ({"momentum_dtype": torch.int8}, TypeError, "momentum_dtype"),
         ({"q_dtype": torch.complex64}, TypeError, "q_dtype"),
+        ({"compute_dtype": torch.float16}, ValueError, "compute_dtype"),
         ({"backend": "cuda"}, ValueError, "backend"),
         ({"replicate_mesh": object()}, NotImplementedError, "replicate_mesh"),
     ],

@@ -246,3 +246,17 @@ def test_threads_do_not_change_a_bit():
         assert all(
             torch.equal(x, y) for a, b in zip(one, weights(threads), strict=True) for x, y in zip(a, b, strict=True)
         )
+
+
+@pytest.mark.parametrize(("right_factor", "tail"), list(itertools.product(RIGHTS, TAILS)))
+@pytest.mark.parametrize("shape", [(130, 70), (40, 200)])
+def test_bfloat16_products_follow_the_reference_and_leave_float64_alone(right_factor, tail, shape):
+    options = dict(right_factor=right_factor, tail=tail, rank_fraction=0.3)
+    half = dict(compute_dtype="bfloat16", **options)
+    ours, theirs = (run(b, [shape], 1, dtype=torch.float32, **half) for b in ("rust", "reference"))
+    exact = run("rust", [shape], 1, dtype=torch.float32, **options)
+    # P and V may be rounded to either side where sums differ in their last bit: that is the distance of these two.
+    assert distance(ours, theirs) < 1e-3
+    assert 1e-7 < distance(ours, exact) < 2e-2
+    doubles = (run("rust", [shape], 2, **o) for o in (half, options))
+    assert all(torch.equal(x, y) for a, b in zip(*doubles, strict=True) for x, y in zip(a, b, strict=True))

@@ -1,4 +1,4 @@
-"""The command line: ``orthdion train | compare | doctor``."""
+"""The command line: ``orthdion train | compare | recipes | doctor | bench``."""
 
 from __future__ import annotations
 
@@ -210,6 +210,17 @@ def doctor(quick: Annotated[bool, typer.Option(help="Leave the ten-second speed 
         for name, value in section.rows:
             table.add_row(name, value)
         console.print(table)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Run the benches suite of the repository; takes the options of `python -m benches`."""
+    import subprocess
+
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benches" / "__main__.py").is_file():
+        raise ValueError("the benches live in the repository, not in the wheel: clone it and run `make bench`")
+    raise SystemExit(subprocess.run([sys.executable, "-m", "benches", *context.args], cwd=root, check=False).returncode)
 
 
 def main() -> None:

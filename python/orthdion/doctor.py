@@ -52,10 +52,11 @@ def _backends() -> Section:
     if error is None:
         from . import _core
 
-        current, available = _core.instruction_sets()
+        current, available, pairs = _core.instruction_sets()
         rows.append(
             ("instruction set", f"{current} (this processor has {', '.join(available)}; ORTHDION_ISA pins one)")
         )
+        rows.append(("bfloat16 products", f"{pairs} (compute_dtype='bfloat16' asks for them)"))
     rows.append(("threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"))
     devices = ["cpu"]
     devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]

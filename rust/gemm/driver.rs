@@ -2,6 +2,7 @@
 
 use super::epilogue::Epilogue;
 use super::pack::{Packed, SendPtr, Terms, pack_rhs};
+use super::pairs::{self, PairTile, Rounding, rhs_to_pairs, round_in_place};
 use super::{Context, Tile};
 use crate::isa::{Kernel, Level, Simd};
 use crate::pool;
@@ -96,14 +97,25 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
         let mc = b.lhs.padded.min(mr * (768 / mr).max(1));
         // A reduction of one block is finished strip by strip, while its sums are in the first-level cache; a longer one
         // revisits its accumulator, which then should cover long lines of the right side.
+        let rounding = b.lhs.rounding;
         let nc = match b.lhs.depth <= T::KC {
+            true if matches!(rounding, Rounding::Pairs(_)) => 2 * pairs::COLUMNS,
             true => L::NR,
-            false => (ACC / mc / L::NR * L::NR).clamp(L::NR, 384 / L::NR * L::NR),
+            // A multiple of every tile's width.
+            false => (ACC / mc / 48 * 48).clamp(48, 384),
         };
         let k_major = b.rhs.contiguous_down();
         let mut acc = Scratch::<T>::new(mc * nc);
         let mut packed = Scratch::<T>::new(nc * T::KC);
         let mut line = Scratch::<T>::new(nc);
+        let mut words = match rounding {
+            Rounding::Pairs(_) => Scratch::<f32>::new(nc * T::KC / 2),
+            _ => Scratch::new(0),
+        };
+        if let Rounding::Pairs(kernel) = rounding {
+            // SAFETY: the kernel is this processor's; `leave` follows below.
+            unsafe { (kernel.enter)() };
+        }
         let mut i0 = 0;
         while i0 < b.lhs.padded {
             let mi = mc.min(b.lhs.padded - i0);
@@ -129,7 +141,27 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
                                 sums,
                             );
                             let at = ((i0, mi), (j0, nj), (k0, kc));
-                            block::<T, L>(b, at, packed.as_ptr(), k_major, acc.as_mut_ptr());
+                            let block_of = (kc, rounding.pad(kc), T::KC);
+                            match rounding {
+                                Rounding::None => {}
+                                Rounding::Rounded => {
+                                    let columns = nj.next_multiple_of(L::NR);
+                                    round_in_place(packed.as_mut_ptr().cast(), columns * T::KC);
+                                }
+                                Rounding::Pairs(_) => {
+                                    let columns = nj.next_multiple_of(L::NR);
+                                    let (src, dst) = (packed.as_ptr().cast(), words.as_mut_ptr().cast());
+                                    rhs_to_pairs(src, columns, block_of, L::NR, k_major, dst);
+                                }
+                            }
+                            block::<T, L>(
+                                b,
+                                at,
+                                packed.as_ptr(),
+                                words.as_ptr().cast(),
+                                k_major,
+                                acc.as_mut_ptr(),
+                            );
                             k0 += kc;
                         }
                         if b.lhs.depth == 0 {
@@ -141,6 +173,10 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
                 j0 += nj;
             }
             i0 += mi;
+        }
+        if let Rounding::Pairs(kernel) = rounding {
+            // SAFETY: as for `enter`.
+            unsafe { (kernel.leave)() };
         }
     }
 }
@@ -157,10 +193,44 @@ unsafe fn block<T: Real, L: Level>(
     b: &Body<'_, '_, T>,
     ((i0, mi), (j0, nj), (k0, kc)): Block,
     packed: *const T,
+    words: *const u32,
     k_major: bool,
     acc: *mut T,
 ) {
     let last = k0 + kc == b.lhs.depth;
+    if let Rounding::Pairs(kernel) = b.lhs.rounding {
+        let pad = b.lhs.rounding.pad(kc);
+        for j in (0..nj).step_by(pairs::COLUMNS) {
+            let mut i = 0;
+            while i < mi {
+                let rows = (3 * 16).min(mi - i);
+                if last {
+                    let wide = pairs::COLUMNS.min(nj - j);
+                    b.epilogue.prefetch(
+                        (i0 + i, j0 + j),
+                        rows.min(b.lhs.rows - (i0 + i).min(b.lhs.rows)),
+                        wide,
+                    );
+                }
+                // SAFETY: panels and accumulator as below; the words are those of this block, whose columns are padded
+                // to whole tiles.
+                unsafe {
+                    (kernel.tile)(PairTile {
+                        vectors: rows / 16,
+                        pairs: pad / 2,
+                        lhs: b.lhs.words(i0 + i, k0, pad),
+                        rhs: words.add(j * (T::KC / 2)),
+                        stride: T::KC / 2,
+                        acc: acc.add(j * mi + i).cast(),
+                        ld: mi,
+                        first: k0 == 0,
+                    });
+                }
+                i += rows;
+            }
+        }
+        return;
+    }
     let lanes = <T::Simd<L> as Simd<T>>::LANES;
     let mr = L::MV * lanes;
     let mut j = 0;

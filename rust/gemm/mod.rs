@@ -18,6 +18,7 @@ mod driver;
 mod epilogue;
 pub(crate) mod line;
 mod pack;
+pub(crate) mod pairs;
 
 pub(crate) use driver::{Product, Region};
 pub(crate) use pack::{Packed, Terms};
@@ -33,12 +34,14 @@ pub struct Context {
     pub isa: Isa,
     /// Threads, at least 1.
     pub threads: usize,
+    /// Round the operands of single-precision products to bfloat16; their sums stay in single precision.
+    pub half: bool,
 }
 
 impl Context {
     /// The best level, `threads` threads.
     pub fn new(threads: usize) -> Self {
-        Context { isa: Isa::current(), threads: threads.max(1) }
+        Context { isa: Isa::current(), threads: threads.max(1), half: false }
     }
 
     /// The same level on the calling thread alone.

@@ -2,6 +2,7 @@
 
 use super::Context;
 use super::line::{Line, sum_of_squares};
+use super::pairs::{Rounding, lhs_to_pairs, round_in_place};
 use crate::isa::{Kernel, Level, Simd};
 use crate::pool;
 use crate::scalar::Real;
@@ -116,6 +117,7 @@ pub(crate) struct Packed<T> {
     pub(crate) depth: usize,
     /// Rows padded to whole vectors.
     pub(crate) padded: usize,
+    pub(super) rounding: Rounding,
 }
 
 impl<T: Real> Packed<T> {
@@ -131,17 +133,28 @@ impl<T: Real> Packed<T> {
         let lanes = cx.isa.run(Lanes::<T>(PhantomData));
         let (rows, depth) = (view.rows, view.cols);
         let padded = rows.next_multiple_of(lanes);
-        let mut data = Scratch::new(padded * depth);
+        let rounding = Rounding::of::<T>(cx);
+        let mut data = Scratch::new(padded * rounding.pad(depth));
         let base = SendPtr(data.as_mut_ptr());
         let blocks = depth.div_ceil(T::KC);
         pool::for_each(cx.threads, blocks, &|b| {
-            cx.isa.run(PackLhs { view, block: b, padded, dst: base });
+            cx.isa.run(PackLhs { view, block: b, padded, dst: base, rounding });
         });
-        Packed { data, rows, depth, padded }
+        Packed { data, rows, depth, padded, rounding }
     }
 }
 
 impl<T: Real> Packed<T> {
+    /// [`Packed::panel`] of a left operand in pairs; `pad` is the block's padded length.
+    ///
+    /// # Safety
+    /// As [`Packed::panel`].
+    #[inline(always)]
+    pub(super) unsafe fn words(&self, i0: usize, k0: usize, pad: usize) -> *const u32 {
+        // SAFETY: inside the buffer, as `PackLhs` laid it out.
+        unsafe { self.data.as_ptr().cast::<u32>().add((k0 * self.padded + i0 * pad) / 2) }
+    }
+
     /// The panel that starts at row `i0` of the block that starts at reduction `k0`.
     ///
     /// # Safety
@@ -167,6 +180,7 @@ struct PackLhs<'a, T> {
     block: usize,
     padded: usize,
     dst: SendPtr<T>,
+    rounding: Rounding,
 }
 
 impl<T: Real> Kernel for PackLhs<'_, T> {
@@ -178,6 +192,11 @@ impl<T: Real> Kernel for PackLhs<'_, T> {
         let kc = T::KC.min(self.view.cols - k0);
         let mut line = [T::default(); 1024];
         debug_assert!(T::KC <= line.len());
+        let pad = self.rounding.pad(kc);
+        let mut single = match self.rounding {
+            Rounding::Pairs(_) => Scratch::<T>::new(L::MV * lanes * kc),
+            _ => Scratch::new(0),
+        };
         let mut i0 = 0;
         while i0 < self.padded {
             let mr = (L::MV * lanes).min(self.padded - i0);
@@ -185,7 +204,10 @@ impl<T: Real> Kernel for PackLhs<'_, T> {
             // SAFETY: block `block` owns `[k0·padded, (k0 + kc)·padded)` of the buffer, this panel `mr·kc` of it from
             // `i0·kc` on; lines are inside the view.
             unsafe {
-                let panel = self.dst.0.add(k0 * self.padded + i0 * kc);
+                let panel = match self.rounding {
+                    Rounding::Pairs(_) => single.as_mut_ptr(),
+                    _ => self.dst.0.add(k0 * self.padded + i0 * kc),
+                };
                 if self.view.rs == 1 || self.view.cs != 1 {
                     for k in 0..kc {
                         let p = panel.add(k * mr);
@@ -204,6 +226,14 @@ impl<T: Real> Kernel for PackLhs<'_, T> {
                         for (k, x) in line[..kc].iter().enumerate() {
                             *panel.add(k * mr + i) = *x;
                         }
+                    }
+                }
+                match self.rounding {
+                    Rounding::None => {}
+                    Rounding::Rounded => round_in_place(panel.cast(), kc * mr),
+                    Rounding::Pairs(_) => {
+                        let words = self.dst.0.cast::<u32>().add((k0 * self.padded + i0 * pad) / 2);
+                        lhs_to_pairs(panel.cast(), kc, mr, pad, words);
                     }
                 }
             }

@@ -42,7 +42,7 @@ fn check<W: Real, E: crate::scalar::Element>(
     let a = Mat::new(&a, (m, k), sa).unwrap();
     let b = Mat::new(&b, (k, n), sb).unwrap();
     let mut c = c0.clone();
-    let cx = Context { isa, threads };
+    let cx = Context { isa, ..Context::new(threads) };
     gemm::<W>(cx, alpha, a, b, beta, MatMut::new(&mut c, (m, n), sc).unwrap());
     let want = naive(a, b);
     let tol = 4.0 * W::UNIT * (k as f64 + 4.0);
@@ -160,6 +160,98 @@ fn combined_right_side_sums_and_added_terms() {
                 let dot: f64 = (0..k).map(|kk| f64::from(l[ii * k + kk]) * rhs[kk]).sum();
                 let w = 3.0 - dot + e[ii * j + jj];
                 assert!((f64::from(out[jj * i + ii]) - w).abs() < 1e-4);
+            }
+        }
+    }
+}
+
+/// bfloat16 products of the rounded operands, by every kernel there is, against the definition on rounded operands.
+#[test]
+fn half_products_are_products_of_rounded_operands() {
+    let round = |x: &[f32]| x.iter().map(|&x| <bf16 as crate::scalar::Element>::store(x)).collect::<Vec<_>>();
+    for isa in Isa::available() {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (16, 16, 32),
+            (17, 5, 33),
+            (50, 40, 256),
+            (96, 130, 300),
+            (48, 33, 31),
+            (800, 20, 515),
+        ] {
+            let (a, b): (Vec<f32>, Vec<f32>) = (to(&noise(1, m * k)), to(&noise(2, k * n)));
+            let (ra, rb) = (round(&a), round(&b));
+            let want = naive(Mat::row_major(&ra, m, k), Mat::row_major(&rb, k, n));
+            for layout in 0..4 {
+                let flip = |x: &[f32], r: usize, c: usize| -> Vec<f32> {
+                    (0..c).flat_map(|j| (0..r).map(move |i| x[i * c + j])).collect()
+                };
+                let (at, bt) = (flip(&a, m, k), flip(&b, k, n));
+                let av =
+                    if layout & 1 == 0 { Mat::row_major(&a, m, k) } else { Mat::row_major(&at, k, m).t() };
+                let bv =
+                    if layout & 2 == 0 { Mat::row_major(&b, k, n) } else { Mat::row_major(&bt, n, k).t() };
+                for row_major in [true, false] {
+                    let mut c = vec![f32::NAN; m * n];
+                    let strides = if row_major { (n, 1) } else { (1, m) };
+                    let cx = Context { isa, half: true, ..Context::new(2) };
+                    gemm::<f32>(cx, 1.0, av, bv, 0.0, MatMut::new(&mut c, (m, n), strides).unwrap());
+                    for i in 0..m {
+                        for j in 0..n {
+                            let got = f64::from(c[i * strides.0 + j * strides.1]);
+                            let w = want[i * n + j];
+                            assert!(
+                                (got - w).abs() < 1e-6 * (k as f64 + 4.0),
+                                "{isa:?} {m}x{n}x{k} {layout} ({i},{j}): {got} for {w}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_pair_kernel_of_this_processor_agrees() {
+    for kernel in super::pairs::available() {
+        for vectors in 1..=3 {
+            for pairs in [16, 48] {
+                let (rows, stride) = (16 * vectors, pairs + 16);
+                let bits = |s: u64, len: usize| -> Vec<u32> {
+                    noise(s, 2 * len)
+                        .chunks(2)
+                        .map(|p| {
+                            let half =
+                                |x: f64| u32::from(<bf16 as crate::scalar::Element>::store(x).to_bits());
+                            half(p[0]) | half(p[1]) << 16
+                        })
+                        .collect()
+                };
+                let (lhs, rhs) = (bits(1, pairs * rows), bits(2, 16 * stride));
+                for first in [true, false] {
+                    let mut acc = vec![0.5f32; 16 * (rows + 3)];
+                    super::pairs::run(kernel, vectors, pairs, &lhs, &rhs, stride, &mut acc, rows + 3, first);
+                    let value = |w: u32, high: bool| {
+                        f64::from(f32::from_bits(if high { w & 0xffff_0000 } else { w << 16 }))
+                    };
+                    for j in 0..16 {
+                        for i in 0..rows {
+                            let dot: f64 = (0..pairs)
+                                .map(|k| {
+                                    let (a, b) = (lhs[k * rows + i], rhs[j * stride + k]);
+                                    value(a, false) * value(b, false) + value(a, true) * value(b, true)
+                                })
+                                .sum();
+                            let want = dot + if first { 0.0 } else { 0.5 };
+                            assert!(
+                                (f64::from(acc[j * (rows + 3) + i]) - want).abs() < 1e-4,
+                                "{}",
+                                kernel.name
+                            );
+                        }
+                    }
+                }
             }
         }
     }

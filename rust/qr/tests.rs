@@ -111,7 +111,7 @@ fn assert_good(r: &Ratios, what: &str) {
 #[test]
 fn any_conditioning_to_lapack_ratios() {
     for isa in Isa::available() {
-        let cx = Context { isa, threads: 2 };
+        let cx = Context { isa, ..Context::new(2) };
         for (n, r) in [(64, 16), (200, 33), (130, 130), (700, 96)] {
             for exponent in 0..=8 {
                 let a = with_condition(n, r, 10f64.powi(exponent), 7);

@@ -3,7 +3,7 @@
 //! A panel's M and G are read while they are still in cache from the panel's weights. The only temporary is the
 //! normalised tail's panel, which never leaves the second-level cache.
 
-use super::{Options, Tail, tail_tolerance};
+use super::{Noise, Options, Tail};
 use crate::gemm::{Context, Packed, Product, Region, Terms};
 use crate::isa::{Kernel, Level};
 use crate::pool;
@@ -68,19 +68,14 @@ enum Plan<'a> {
     },
 }
 
-/// Row and column norms of the tail that are below this share of B's are noise and fade out.
-fn fade<T: Real>() -> f64 {
-    T::UNIT.sqrt() / 16.0
-}
-
-fn plan<'a, T: Real>(o: &Options, f: &Factors<'_>, e: &Energies<'a>) -> Plan<'a> {
+fn plan<'a>(o: &Options, f: &Factors<'_>, e: &Energies<'a>, noise: Noise) -> Plan<'a> {
     let (m, n, r) = (f.p.rows, f.r.rows, f.r.cols);
     let total: f64 = e.row.iter().sum();
     let row_of_r = |j: usize| (0..r).map(|k| f.r.get(j, k).powi(2)).sum::<f64>();
     // ‖T‖² = ‖B‖² − ‖R‖², as P is orthonormal; of each column too.
     let captured: f64 = if o.tail == Tail::Feedback { total } else { (0..n).map(row_of_r).sum() };
     let energy = total - captured;
-    if energy <= tail_tolerance::<T>() * total || m.min(n) == r {
+    if energy <= noise.tail * total || m.min(n) == r {
         return Plan::None;
     }
     let c = o.tail_scale * ((m.min(n) - r) as f64).sqrt();
@@ -90,7 +85,7 @@ fn plan<'a, T: Real>(o: &Options, f: &Factors<'_>, e: &Energies<'a>) -> Plan<'a>
         Tail::Normalized => {
             let mut columns = Scratch::zeros(n);
             for (j, inverse) in columns.iter_mut().enumerate() {
-                let norm = (e.column[j] - row_of_r(j)).max(fade::<T>() * e.column[j]).sqrt();
+                let norm = (e.column[j] - row_of_r(j)).max(noise.fade * e.column[j]).sqrt();
                 *inverse = if norm > 0.0 { 1.0 / norm } else { 0.0 };
             }
             // Every row of N that is not zero has norm 1.
@@ -111,10 +106,11 @@ pub(super) fn apply<T: Real>(
     g: Mat<'_>,
     f: &Factors<'_>,
     e: &Energies<'_>,
+    noise: Noise,
 ) {
     let (rows, n) = (x.as_ref().rows, x.as_ref().cols);
     let row_major = |v: Mat<'_>| v.cs == 1 && (v.rs != 1 || v.rows <= 1 || v.cols > 1);
-    let plan = plan::<T>(o, f, e);
+    let plan = plan(o, f, e, noise);
     // The linear tail joins the head: P Vᵀ + α(B − P Rᵀ) = P (V − αR)ᵀ + αB.
     let joined = match plan {
         Plan::Linear(alpha) => {
@@ -157,7 +153,13 @@ pub(super) fn apply<T: Real>(
                     tail.product(serial, -1.0, p, 0.0, t.reborrow(), b);
                 }
                 let rows = &rows[range.clone()];
-                cx.isa.run(Normalize::<T> { t: t.raw(), columns, rows, kind: Default::default() });
+                cx.isa.run(Normalize::<T> {
+                    t: t.raw(),
+                    columns,
+                    rows,
+                    fade: noise.fade,
+                    kind: Default::default(),
+                });
                 let n_of_t = Terms::one(t.as_ref()).scaled(step * weight);
                 head.product(serial, step, p, decay, part(x), n_of_t);
             }
@@ -232,6 +234,7 @@ struct Normalize<'a, T> {
     columns: &'a [f64],
     /// Σ B² of the panel's rows.
     rows: &'a [f64],
+    fade: f64,
     kind: std::marker::PhantomData<T>,
 }
 
@@ -239,12 +242,12 @@ impl<T: Real> Kernel for Normalize<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<L: Level>(self) {
-        let Normalize { t, columns, rows, .. } = self;
+        let Normalize { t, columns, rows, fade, .. } = self;
         let weight = |raw: f64, scaled: f64, b: f64| {
             if scaled <= 0.0 || b <= 0.0 {
                 return 0.0;
             }
-            (raw / (fade::<T>() * b)).min(1.0).sqrt() / scaled.sqrt()
+            (raw / (fade * b)).min(1.0).sqrt() / scaled.sqrt()
         };
         // SAFETY: `t` is a dense scratch panel of element type `T`, in one of the two orders, exclusive to this call.
         let data = unsafe { std::slice::from_raw_parts_mut(t.ptr.cast::<T>().cast_mut(), t.rows * t.cols) };

@@ -63,6 +63,8 @@ pub struct Options {
     pub epsilon: f64,
     /// Fill in the report's diagnostics.
     pub diagnostics: bool,
+    /// Round the operands of single-precision products to bfloat16.
+    pub half: bool,
 }
 
 /// One matrix and its state: X, G, M m×n, Q n×r, any strides; `scale` multiplies η.
@@ -101,14 +103,38 @@ pub struct Report {
     pub effective_rank: f64,
 }
 
-/// Directions smaller than this, relative to the largest, are rounding noise of the products that made them.
-fn null_tolerance<T: Real>() -> f64 {
-    64.0 * T::UNIT
+/// What is rounding noise, given how products are rounded.
+#[derive(Clone, Copy)]
+struct Noise {
+    /// Directions of B·Q smaller than this, relative to the largest, come from rounding its operands.
+    left: f64,
+    /// The same for R.
+    right: f64,
+    /// With less than this share of B's energy there is no tail.
+    tail: f64,
+    /// Rows and columns whose tail has less than this share of B's energy there fade out.
+    fade: f64,
 }
 
-/// Tails with less than this share of B's energy are rounding noise: there is no tail then.
-pub(crate) fn tail_tolerance<T: Real>() -> f64 {
-    16.0 * T::UNIT
+impl Noise {
+    fn of<T: Real>(half: bool) -> Self {
+        if half && T::UNIT > 1e-10 {
+            // Where B's rank ends, a column of B·Q is 2⁻⁹·√2 of noise times the condition of those before it. What is
+            // left out there stays in M. Energies are sums of many such errors, which average out.
+            return Noise {
+                left: 2f64.powi(-6),
+                right: 2f64.powi(-8),
+                tail: 2f64.powi(-12),
+                fade: 2f64.powi(-8),
+            };
+        }
+        Noise {
+            left: 64.0 * T::UNIT,
+            right: 64.0 * T::UNIT,
+            tail: 16.0 * T::UNIT,
+            fade: T::UNIT.sqrt() / 16.0,
+        }
+    }
 }
 
 impl Matrix<'_> {
@@ -207,17 +233,19 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     };
 
     // P = orth(B Q)
+    let noise = Noise::of::<T>(o.half);
+    let products = Context { half: o.half, ..cx };
     let energies_count = o.tail != Tail::Feedback || o.diagnostics;
     let mut row_energy = Scratch::<f64>::zeros(m);
     let mut p = Scratch::<T>::new(m * r);
     let Some(size) =
-        project(cx, unscaled, matrix.q.as_ref(), &mut p, energies_count.then_some(&mut row_energy[..]))
+        project(products, unscaled, matrix.q.as_ref(), &mut p, energies_count.then_some(&mut row_energy[..]))
     else {
         return skipped;
     };
     let b = unscaled.scaled(size);
     let mut orthonormal = Scratch::<T>::new(m * r);
-    let Ok(factor) = qr::factor::<T>(cx, Mat::row_major(&p, m, r), null_tolerance::<T>(), None) else {
+    let Ok(factor) = qr::factor::<T>(cx, Mat::row_major(&p, m, r), noise.left, None) else {
         return skipped;
     };
     factor.orthonormal(cx, MatMut::row_major(&mut orthonormal, m, r));
@@ -225,7 +253,7 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     let p = Mat::row_major(&orthonormal, m, r);
 
     // R = Bᵀ P, and M⁺ᵀ P where that is something else
-    let packed = Packed::<T>::new(cx, p.t());
+    let packed = Packed::<T>::new(products, p.t());
     let mut column_energy = Scratch::<f64>::zeros(n);
     let mut rfac = Scratch::<T>::new(n * r);
     project_back(cx, &packed, b, &mut rfac, energies_count.then_some(&mut column_energy[..]));
@@ -239,9 +267,7 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
 
     // V
     let mut v = Scratch::<T>::new(n * r);
-    let Ok(right) =
-        right::right_factor::<T>(cx, o, rv, MatMut::row_major(&mut v, n, r), null_tolerance::<T>())
-    else {
+    let Ok(right) = right::right_factor::<T>(cx, o, rv, MatMut::row_major(&mut v, n, r), noise.right) else {
         return skipped;
     };
     let mut report = Report { null: right.null.iter().filter(|&&x| x).count(), ..Report::default() };
@@ -265,7 +291,17 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
         size,
         sign,
     };
-    apply::apply::<T>(cx, o, matrix.scale, matrix.x.reborrow(), matrix.m.reborrow(), gv, &factors, &energies);
+    apply::apply::<T>(
+        products,
+        o,
+        matrix.scale,
+        matrix.x.reborrow(),
+        matrix.m.reborrow(),
+        gv,
+        &factors,
+        &energies,
+        noise,
+    );
     if right.null.iter().all(|&null| null) {
         return report; // nothing was learnt: Q stays, to the bit
     }

@@ -145,6 +145,7 @@ fn options(right: RightFactor, tail: Tail) -> Options {
         maximize: false,
         epsilon: 1e-8,
         diagnostics: true,
+        half: false,
     }
 }
 
@@ -217,7 +218,7 @@ fn compare<T: Real, E: Element>(
 #[test]
 fn every_option_equals_the_oracle_in_both_precisions_and_layouts() {
     for isa in Isa::available() {
-        let cx = Context { isa, threads: 2 };
+        let cx = Context { isa, ..Context::new(2) };
         for right in RIGHTS {
             for tail in TAILS {
                 for nesterov in [None, Some(0.9)] {
@@ -481,4 +482,37 @@ fn a_state_that_does_not_fit_is_refused_before_anything_is_written() {
     assert_eq!(got.unwrap_err(), Error::Shape { what: "Q", need: (6, 3), got: (5, 3) });
     assert!(s.x == before);
     assert_eq!(f32::DTYPE, Dtype::F32);
+}
+
+#[test]
+fn half_products_stay_close_and_keep_every_claim() {
+    for isa in Isa::available() {
+        let cx = Context { isa, ..Context::new(2) };
+        for right in RIGHTS {
+            for tail in TAILS {
+                let o = Options { half: true, nesterov: Some(0.9), ..options(right, tail) };
+                for row_major in [true, false] {
+                    let distance = compare::<f32, f32>((130, 70, 20), row_major, &o, 1, cx);
+                    assert!(distance > 1e-7 && distance < 0.02, "{o:?} {isa:?}: {distance:e}");
+                    assert!(
+                        compare::<f64, f64>((33, 21, 6), row_major, &o, 2, cx) < 1e-9,
+                        "float64 is not rounded"
+                    );
+                }
+                // A rank-two gradient: rounding noise must not become directions.
+                let mut s = Stored::<f32>::new((60, 40, 12), true, 3);
+                let (u, w) = (Dense::new(60, 2, noise(51, 120)), Dense::new(2, 40, noise(52, 80)));
+                s.m.fill(0.0);
+                s.x.fill(0.0);
+                s.g = u.times(&w).data.iter().map(|&x| x as f32).collect();
+                let o = Options { weight_decay: 0.0, ..o };
+                let mut report = [Report::default()];
+                step::<f32>(cx, &mut [(s.matrix(1.0), o)], &mut report).unwrap();
+                assert_eq!(report[0].null, 10, "{o:?}");
+                let (pu, pw, x) = (orth(&u), orth(&w.t()), s.dense(&s.x));
+                let inside = pu.times(&pu.t().times(&x).times(&pw)).times(&pw.t());
+                assert!(x.distance(&inside) < 0.01 * x.norm(), "{right:?} {tail:?}");
+            }
+        }
+    }
 }

@@ -93,8 +93,15 @@ class Reference:
 
     name = "reference"
 
-    def __init__(self, dtype: torch.dtype | None = None, unit: float | None = None) -> None:
-        self._dtype, self._unit = dtype, unit
+    def __init__(self, dtype: torch.dtype | None = None, unit: float | None = None, half: bool = False) -> None:
+        self._dtype, self._unit, self._half = dtype, unit, half
+
+    def rounding(self, half: bool) -> Reference:
+        """The same, with operands of single-precision products rounded to bfloat16 if ``half``."""
+        return Reference(self._dtype, self._unit, half)
+
+    def _operand(self, t: Tensor) -> Tensor:
+        return t.bfloat16().to(t.dtype) if self._half and t.dtype == torch.float32 else t
 
     def working(self, t: Tensor) -> Tensor:
         """A copy in working precision."""
@@ -105,9 +112,14 @@ class Reference:
         """The roundoff that thresholds are multiples of."""
         return self._unit if self._unit is not None else unit_roundoff(t.dtype)
 
-    def null_tolerance(self, t: Tensor) -> float:
-        """Directions smaller than this are rounding noise of the products that made them."""
-        return 64.0 * self.unit(t)
+    def noise(self, t: Tensor) -> tuple[float, float, float, float]:
+        """What is rounding noise: a direction of B·Q, and of R, relative to the largest; the tail's share of B's energy,
+        in all and in a row or column, where it fades out.
+        """
+        if self._half and t.dtype == torch.float32:
+            return 2.0**-6, 2.0**-8, 2.0**-12, 2.0**-8
+        unit = self.unit(t)
+        return 64.0 * unit, 64.0 * unit, 16.0 * unit, math.sqrt(unit) / 16.0
 
     def scale(self, b: Tensor) -> float:
         """A power of two that brings B's largest entry near 1; 1 where squares are safe anyway. NaN if B is not
@@ -123,19 +135,23 @@ class Reference:
 
     def project(self, b: Tensor, q: Tensor) -> Tensor:
         """``B Q``"""
-        return b @ q.to(b.dtype)
+        return self._operand(b) @ self._operand(q.to(b.dtype))
 
     def project_back(self, b: Tensor, p: Tensor) -> Tensor:
         """``Bᵀ P``"""
-        return b.T @ p
+        return self._operand(b).T @ self._operand(p)
+
+    def outer(self, p: Tensor, v: Tensor) -> Tensor:
+        """``P Vᵀ``"""
+        return self._operand(p) @ self._operand(v).T
 
     def orthonormalize(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """``orth(P)`` and its null directions."""
-        return orthonormalize(p, self.null_tolerance(p))
+        return orthonormalize(p, self.noise(p)[0])
 
     def right_factor(self, kind: str, r: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """V and the null directions of R (section 2)."""
-        tol = self.null_tolerance(r)
+        tol = self.noise(r)[1]
         if kind == "qr":
             return orthonormalize(r, tol)
         if kind == "polar":
@@ -158,25 +174,27 @@ class Reference:
             v, null = _gram_schmidt(_double(v), torch.tensor(1e-3) * _double(v).norm(dim=0).amax())
         return complete(v, null, old)
 
-    def tail(
-        self, kind: str, b: Tensor, p: Tensor, r: Tensor, tail_scale: float, unit: float
-    ) -> tuple[Tensor, float] | None:
-        """``N(T)`` and its weight (section 3b), or None where there is no tail."""
+    def direction(self, kind: str, b: Tensor, p: Tensor, r: Tensor, v: Tensor, tail_scale: float) -> Tensor:
+        """``D = P Vᵀ + tail`` (section 3b)."""
         m, n = b.shape
         spare = min(m, n) - r.shape[1]
-        energy, total = (_double(x).square().sum() for x in (b, r))
-        if kind == "feedback" or spare == 0 or energy - total <= 16.0 * unit * energy:
-            return None
-        t = b - p @ r.T
+        _, _, least, fade = self.noise(b)
+        energy, captured = (_double(x).square().sum() for x in (b, r))
+        if kind == "feedback" or spare == 0 or energy - captured <= least * energy:
+            return self.outer(p, v)
         weight = tail_scale * math.sqrt(spare)
         if kind == "linear":
-            return t, weight / float((energy - total).sqrt())
-        fade = math.sqrt(unit) / 16.0  # tails below this share of B's energy are noise and fade out
+            alpha = weight / float((energy - captured).sqrt())
+            return self.outer(p, v - alpha * r) + alpha * b
+        return self.outer(p, v) + weight * self._normalized(b, b - self.outer(p, r), r, fade)
+
+    @staticmethod
+    def _normalized(b: Tensor, t: Tensor, r: Tensor, fade: float) -> Tensor:
+        """``N(T)/‖N(T)‖``: columns, whose norms P's orthonormality gives, then rows."""
         columns, rows = _double(b).square().sum(0), _double(b).square().sum(1)
         norms = torch.maximum(columns - _double(r).square().sum(1), fade * columns).sqrt()
-        inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(1e-300), 0.0)
-        scaled = _double(t) * inverse
+        scaled = _double(t) * torch.where(norms > 0, 1.0 / norms.clamp_min(1e-300), 0.0)
         weights = (_double(t).square().sum(1) / (fade * rows).clamp_min(1e-300)).clamp_max(1.0).sqrt()
         norms = scaled.norm(dim=1)
         weights = torch.where(norms > 0, weights / norms.clamp_min(1e-300), 0.0)
-        return (scaled * weights[:, None]).to(b.dtype), weight / math.sqrt(int((rows > 0).sum()))
+        return (scaled * weights[:, None]).to(b.dtype) / math.sqrt(int((rows > 0).sum()))

@@ -34,7 +34,7 @@ def lowrank_step(matrices: Sequence[tuple[Matrix, Options]]) -> list[Report]:
     reports = np.zeros((len(matrices), 8))
     for double, index in _by_precision([m.x.dtype for m, _ in matrices]):
         table = np.empty((len(index), _VIEWS), dtype=np.int64)
-        numbers = np.empty((len(index), 12))
+        numbers = np.empty((len(index), 13))
         for row, i in enumerate(index):
             m, o = matrices[i]
             table[row] = (*m.x.shape, m.q.shape[1], *describe(m.x), *describe(m.g), *describe(m.m), *describe(m.q))
@@ -60,6 +60,7 @@ def _numbers(o: Options) -> tuple[float, ...]:
         o.maximize,
         o.epsilon,
         o.diagnostics,
+        o.half,
     )
 
 

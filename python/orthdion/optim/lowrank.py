@@ -53,6 +53,7 @@ class LowRankOptimizer(Optimizer):
         seed: int = 0,
         momentum_dtype: torch.dtype | None = None,
         q_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | str | None = None,
         backend: BackendName = "auto",
         diagnostics: bool = False,
     ) -> None:
@@ -65,6 +66,8 @@ class LowRankOptimizer(Optimizer):
         for name, dtype in (("momentum_dtype", momentum_dtype), ("q_dtype", q_dtype)):
             if dtype is not None and dtype not in _FLOATS:
                 raise TypeError(f"{name} must be one of {', '.join(map(str, _FLOATS))} or None, not {dtype!r}")
+        if compute_dtype not in (None, "bfloat16", torch.bfloat16):
+            raise ValueError(f"compute_dtype must be 'bfloat16' or None (the working precision), not {compute_dtype!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be a whole number, not {seed!r}")
         if backend not in ("auto", "rust", "reference"):
@@ -92,6 +95,7 @@ class LowRankOptimizer(Optimizer):
         check_group({}, defaults)
         self._seed = seed
         self._momentum_dtype, self._q_dtype = momentum_dtype, q_dtype
+        self._half = compute_dtype is not None
         self._backend: BackendName = backend
         self._diagnose = bool(diagnostics)
         self._reports: dict[Tensor, list[Report]] = {}
@@ -247,6 +251,7 @@ class LowRankOptimizer(Optimizer):
             maximize=group["maximize"],
             epsilon=float(group["epsilon"]),
             diagnostics=self._diagnose,
+            half=self._half,
         )
 
     def resolved(self, group: dict[str, Any]) -> tuple[Any, Any, bool]:
@@ -352,7 +357,7 @@ class LowRankOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        own = ("_seed", "_momentum_dtype", "_q_dtype", "_backend", "_diagnose", "skipped_steps")
+        own = ("_seed", "_momentum_dtype", "_q_dtype", "_half", "_backend", "_diagnose", "skipped_steps")
         return {**state, **{k: self.__dict__[k] for k in own}, "_reports": {}}
 
     # ------------------------------------------------------------------ for people

@@ -59,6 +59,8 @@ class OrthDion(LowRankOptimizer):
         maximize: ascend.
         seed: of the starting Q; torch's global generators are never used.
         momentum_dtype, q_dtype: of the states; None is the parameter's. Factorisations are at least float32 always.
+        compute_dtype: "bfloat16" rounds the operands of float32 products (sums and factorisations are not touched):
+            faster where the processor multiplies bfloat16. None: not.
         backend: "auto", "rust" or "reference".
         diagnostics: collect :func:`orthdion.diagnostics.last_step`'s figures.
 
@@ -98,6 +100,7 @@ class OrthDion(LowRankOptimizer):
         seed: int = 0,
         momentum_dtype: torch.dtype | None = None,
         q_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | str | None = None,
         backend: BackendName = "auto",
         diagnostics: bool = False,
     ) -> None:
@@ -123,6 +126,7 @@ class OrthDion(LowRankOptimizer):
             seed=seed,
             momentum_dtype=momentum_dtype,
             q_dtype=q_dtype,
+            compute_dtype=compute_dtype,
             backend=backend,
             diagnostics=diagnostics,
         )

@@ -35,7 +35,7 @@ Tail = Literal["feedback", "linear", "normalized"]
 
 @dataclass(frozen=True)
 class Options:
-    """Hyperparameters of a step, shared by the matrices of a group."""
+    """Hyperparameters of a step, shared by the matrices of a group; ``half`` rounds products' operands to bfloat16."""
 
     lr: float
     weight_decay: float
@@ -48,6 +48,7 @@ class Options:
     maximize: bool
     epsilon: float
     diagnostics: bool
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def step(matrices: Sequence[tuple[Matrix, Options]], be: Reference, comm: Commun
 
 
 def _one(matrix: Matrix, o: Options, be: Reference, comm: Communicator) -> Report:
+    be = be.rounding(o.half)
     x, old = be.working(matrix.x), be.working(matrix.q)
     if 0 in (*x.shape, old.shape[1]):
         return Report(skipped=False)
@@ -103,13 +105,10 @@ def _one(matrix: Matrix, o: Options, be: Reference, comm: Communicator) -> Repor
     v, null = be.right_factor(o.right_factor, r, o.epsilon)
     report = _report(b / size, r / size, v, null) if o.diagnostics else Report(False, int(null.sum()))
 
-    d = p @ v.T
-    tail = be.tail(o.tail, b, p, r, o.tail_scale, be.unit(b))
-    if tail is not None:
-        d = d + tail[1] * tail[0]
+    d = be.direction(o.tail, b, p, r, v, o.tail_scale)
     if o.a != o.b:
         captured = comm.sum_rows(be.project_back(plus, p))
-        plus = o.a * plus - (o.a - o.b) * (p @ captured.T)
+        plus = o.a * plus - (o.a - o.b) * be.outer(p, captured)
     else:
         plus = o.a * plus
     matrix.x.copy_((1.0 - o.lr * o.weight_decay) * x - o.lr * matrix.scale * d)

@@ -1,0 +1,236 @@
+"""The parts of the suite. Each yields rows: what, who, a sample, its floor in milliseconds, and the peer it is held
+to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import orthdion
+from orthdion import _core, linalg
+from orthdion.backends.table import operands
+
+from .machine import Machine
+from .timing import Sample, alternate
+
+__all__ = ["FORMS", "PARTS", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate in one case. ``ratio`` is the peer's median over this one's: above 1, this one is faster."""
+
+    part: str
+    case: str
+    candidate: str
+    sample: Sample
+    floor: float | None
+    peer: str
+    ratio: float
+    note: str = ""
+
+
+def _rows(
+    part: str,
+    case: str,
+    samples: dict[str, Sample],
+    peer: str,
+    floors: dict[str, float],
+    notes: dict[str, str] | None = None,
+) -> Iterator[Row]:
+    for name, sample in samples.items():
+        ratio = samples[peer].median / sample.median
+        yield Row(part, case, name, sample, floors.get(name), peer, ratio, (notes or {}).get(name, ""))
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def products(machine: Machine, seconds: float) -> Iterator[Row]:
+    """The step's three products against torch's."""
+    for m, n, r in [(768, 768, 48), (768, 768, 192), (3072, 768, 48), (3072, 768, 192), (1024, 1024, 1024)]:
+        b, q, p = _randn(m, n), _randn(n, r, seed=1), _randn(m, r, seed=2)
+        bq, btp, prt = torch.empty(m, r), torch.empty(n, r), torch.empty(m, n)
+        cases: dict[str, tuple[Tensor, Tensor, Tensor]] = {
+            "B·Q": (b, q, bq),
+            "Bᵀ·P": (b.T, p, btp),
+            "P·Rᵀ": (p, q.T, prt),
+        }
+        for name, (x, y, out) in cases.items():
+            table = operands(x, y, out)
+            candidates: dict[str, Callable[[], object]] = {
+                "orthdion": lambda table=table: _core.matmul(table, 1.0, 0.0, False, False, torch.get_num_threads()),
+                "torch": lambda x=x, y=y, out=out: torch.mm(x, y, out=out),
+                "orthdion bfloat16": lambda table=table: _core.matmul(
+                    table, 1.0, 0.0, False, True, torch.get_num_threads()
+                ),
+            }
+            floor = 2 * m * n * r / machine.float32 / 1e6
+            samples = alternate(candidates, seconds)
+            yield from _rows("products", f"{name} {m}×{n}, r = {r}", samples, "torch", dict.fromkeys(samples, floor))
+
+
+def factorisations(machine: Machine, seconds: float) -> Iterator[Row]:
+    """QR with V formed, and the polar factor, of float32 matrices of moderate condition, against torch."""
+    for n, r in [(768, 48), (768, 192), (3072, 192), (4096, 512), (8192, 1024)]:
+        a = _randn(n, r)
+        for name, ours, theirs, per in [
+            ("QR", lambda a=a: linalg.qr(a), lambda a=a: torch.linalg.qr(a), 2.0),
+            ("polar", lambda a=a: linalg.polar(a), lambda a=a: torch.linalg.svd(a, full_matrices=False), 3.0),
+        ]:
+            if name == "polar" and r > 512:
+                continue  # torch's SVD alone would take the whole time of the suite
+            peer = "torch.linalg.qr" if name == "QR" else "torch.linalg.svd"
+            samples = alternate({"orthdion": ours, peer: theirs}, seconds, least=3)
+            v, w = (ours(), theirs())
+            notes = {"orthdion": _orthogonality(v[0] if name == "QR" else v), peer: _orthogonality(w[0])}
+            floor = per * n * r * r / machine.float64 / 1e6
+            yield from _rows("factorisations", f"{name} {n}×{r}", samples, peer, {"orthdion": floor}, notes)
+
+
+def _orthogonality(v: Tensor) -> str:
+    v = v.double()
+    return f"‖VᵀV−I‖ {float((v.T @ v - torch.eye(v.shape[1])).norm()):.1e}"
+
+
+def _block(width: int) -> list[tuple[int, int]]:
+    return [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+
+
+def _parameters(shapes: list[tuple[int, int]]) -> list[nn.Parameter]:
+    params = [nn.Parameter(0.02 * _randn(*s, seed=i)) for i, s in enumerate(shapes)]
+    for i, p in enumerate(params):
+        p.grad = _randn(*p.shape, seed=100 + i)
+    return params
+
+
+FORMS: dict[str, tuple[dict[str, Any], float]] = {
+    # keyword arguments of OrthDion, and mnr flops
+    "orth-dion": ({}, 8),
+    "dion": ({"right_factor": "column", "feedback": "dion"}, 8),
+    "linear": ({"tail": "linear"}, 6),
+    "normalized": ({"tail": "normalized"}, 12),
+    "orth-dion bfloat16": ({"compute_dtype": "bfloat16"}, 8),
+    "normalized bfloat16": ({"tail": "normalized", "compute_dtype": "bfloat16"}, 12),
+}
+
+
+def _peers(shapes: list[tuple[int, int]], r: int, width: int) -> tuple[dict[str, Callable[[], object]], list[str]]:
+    """Other people's optimizers, where they can be had; and what could not."""
+    peers: dict[str, Callable[[], object]] = {"torch AdamW": torch.optim.AdamW(_parameters(shapes)).step}
+    missing = []
+    if hasattr(torch.optim, "Muon"):
+        peers["torch Muon"] = torch.optim.Muon(_parameters(shapes)).step
+    reference = orthdion.OrthDion(_parameters(shapes), rank_fraction=r / width, backend="reference")
+    peers["orthdion reference"] = reference.step
+    try:
+        from dion.dion import Dion
+        from dion.dion2 import Dion2
+        from dion.dion_simple import Dion as Simple
+
+        made = {
+            "microsoft Dion": lambda: Dion(_parameters(shapes), lr=0.01, rank_fraction=r / width).step,
+            "microsoft dion_simple": lambda: Simple(_parameters(shapes), lr=0.01, rank=r).step,
+            "microsoft Dion2": lambda: Dion2(_parameters(shapes), lr=0.01).step,
+        }
+    except ImportError:
+        return peers, ["microsoft/dion is not importable"]
+    for name, make in made.items():
+        try:
+            step = make()
+            for _ in range(3):
+                step()
+        except Exception as e:  # its compilation fails on some machines; the suite goes on and says so
+            missing.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0][:100]}")
+        else:
+            peers[name] = step
+    return peers, missing
+
+
+def step(machine: Machine, seconds: float) -> Iterator[Row]:
+    """The whole step of a GPT block 768 wide, at r/d = 1/16 … 1/4."""
+    shapes = _block(768)
+    for fraction in (1 / 16, 1 / 8, 1 / 4):
+        r = round(768 * fraction)
+        candidates: dict[str, Callable[[], object]] = {}
+        floors = {}
+        for name, (options, flops) in FORMS.items():
+            candidates[name] = orthdion.OrthDion(_parameters(shapes), rank_fraction=fraction, **options).step
+            rate = machine.bfloat16 if "bfloat16" in name else None
+            floors[name] = sum(machine.floor(*s, r, flops, rate) for s in shapes)
+        peers, missing = _peers(shapes, r, 768)
+        candidates["AdamW (orthdion)"] = orthdion.Dion([{"params": _parameters(shapes), "algorithm": "adamw"}]).step
+        # AdamW reads X, G, M, V and writes three of them: 28 bytes an entry.
+        traffic = 28 * sum(m * n for m, n in shapes) / machine.copy / 1e6
+        floors |= {"AdamW (orthdion)": traffic, "torch AdamW": traffic}
+        samples = alternate({**candidates, **peers}, 8 * seconds)
+        peer = next(p for p in ("microsoft dion_simple", "orthdion reference") if p in samples)
+        notes = {name: f"first {s.first:.0f} ms" for name, s in samples.items()}
+        yield from _rows("step", f"GPT block 768, r/d = 1/{round(1 / fraction)}", samples, peer, floors, notes)
+        for text in missing:
+            yield Row("step", f"r = {r}", text, Sample(*[float("nan")] * 4, 0), None, "", float("nan"), "did not run")
+
+
+def small(machine: Machine, seconds: float) -> Iterator[Row]:
+    """Many small matrices: what calls and dispatch cost."""
+    cases = {
+        "200 matrices of 20 shapes": [(32 + 4 * (i % 20), 64) for i in range(200)],
+        "1000 matrices of 64×64": [(64, 64)] * 1000,
+    }
+    for case, shapes in cases.items():
+        floor = sum(machine.floor(*s, 16) for s in shapes)
+        samples = alternate(
+            {
+                "orth-dion": orthdion.OrthDion(_parameters(shapes)).step,
+                "orthdion reference": orthdion.OrthDion(_parameters(shapes), backend="reference").step,
+                "torch AdamW": torch.optim.AdamW(_parameters(shapes)).step,
+            },
+            4 * seconds,
+            least=3,
+        )
+        notes = {name: f"first {s.first:.0f} ms" for name, s in samples.items()}
+        yield from _rows("small", case, samples, "orthdion reference", {"orth-dion": floor}, notes)
+
+
+def scaling(machine: Machine, seconds: float) -> Iterator[Row]:
+    """In rank, from 8 to full, and in parameters, against torch's Muon."""
+    muon = {"torch Muon": torch.optim.Muon} if hasattr(torch.optim, "Muon") else {}
+    for width, r in [(768, 8), (768, 32), (768, 128), (768, 384), (768, 768), (256, 64), (512, 128), (1536, 384)]:
+        shapes = _block(width)
+        candidates = {"orth-dion": orthdion.OrthDion(_parameters(shapes), rank_fraction=r / width).step}
+        candidates |= {name: kind(_parameters(shapes)).step for name, kind in muon.items()}
+        samples = alternate(candidates, seconds, least=3)
+        floors = {"orth-dion": sum(machine.floor(*s, r) for s in shapes)}
+        peer = "torch Muon" if muon else "orth-dion"
+        yield from _rows("scaling", f"GPT block {width}, r = {r}", samples, peer, floors)
+
+
+def memory(machine: Machine, seconds: float) -> Iterator[Row]:
+    """Resident memory that a step adds beyond weights, gradients and states, after the first one."""
+    import resource
+
+    for name, (options, _) in FORMS.items():
+        optimizer = orthdion.OrthDion(_parameters([(4096, 4096)]), rank_fraction=1 / 16, **options)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sample = alternate({name: optimizer.step}, 0.0, least=3)[name]
+        added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        note = f"{added:.0f} MiB added to the peak; the matrix has 64"
+        floor = machine.floor(4096, 4096, 256, FORMS[name][1])
+        yield Row("memory", "4096×4096, r = 256", name, sample, floor, name, float(np.float64(1.0)), note)
+
+
+PARTS: dict[str, Callable[[Machine, float], Iterator[Row]]] = {
+    "memory": memory,  # first: the peak only ever rises
+    "products": products,
+    "factorisations": factorisations,
+    "step": step,
+    "small": small,
+    "scaling": scaling,
+}
