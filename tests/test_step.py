@@ -251,7 +251,7 @@ def test_threads_do_not_change_a_bit():
 @pytest.mark.parametrize(("right_factor", "tail"), list(itertools.product(RIGHTS, TAILS)))
 @pytest.mark.parametrize("shape", [(130, 70), (40, 200)])
 def test_bfloat16_products_follow_the_reference_and_leave_float64_alone(right_factor, tail, shape):
-    options = dict(right_factor=right_factor, tail=tail, rank_fraction=0.3)
+    options = {"right_factor": right_factor, "tail": tail, "rank_fraction": 0.3}
     half = dict(compute_dtype="bfloat16", **options)
     ours, theirs = (run(b, [shape], 1, dtype=torch.float32, **half) for b in ("rust", "reference"))
     exact = run("rust", [shape], 1, dtype=torch.float32, **options)

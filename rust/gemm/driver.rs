@@ -107,7 +107,7 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
         let k_major = b.rhs.contiguous_down();
         let mut acc = Scratch::<T>::new(mc * nc);
         let mut packed = Scratch::<T>::new(nc * T::KC);
-        let mut line = Scratch::<T>::new(nc);
+        let mut line = Scratch::<T>::new(2 * nc);
         let mut words = match rounding {
             Rounding::Pairs(_) => Scratch::<f32>::new(nc * T::KC / 2),
             _ => Scratch::new(0),

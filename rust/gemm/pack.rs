@@ -246,7 +246,8 @@ impl<T: Real> Kernel for PackLhs<'_, T> {
 /// columns become zero. If `sums` is given, adds each column's squares to `sums[j − j0]`.
 ///
 /// # Safety
-/// The block lies inside `rhs`; `dst` is writable for `⌈nj/nr⌉·nr·KC` elements; `line` for `nj`; `sums` for `nj`.
+/// The block lies inside `rhs`; `dst` is writable for `⌈nj/nr⌉·nr·KC` elements; `line` for twice `nj` rounded up to
+/// panels; `sums` for `nj`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn pack_rhs<T: Real>(
@@ -280,12 +281,16 @@ pub(super) unsafe fn pack_rhs<T: Real>(
             for j in nj..padded {
                 *line.add(j) = T::default();
             }
+            // A block's squares are few enough to be added in `T`; blocks are added in double.
+            let squares = line.add(padded);
+            for j in 0..padded {
+                *squares.add(j) = T::default();
+            }
             for k in 0..kc {
                 rhs.read((k0 + k, j0), false, line, nj, false);
-                if let Some(sums) = sums {
+                if sums.is_some() {
                     for j in 0..nj {
-                        let x = (*line.add(j)).f64();
-                        *sums.add(j) += x * x;
+                        *squares.add(j) += *line.add(j) * *line.add(j);
                     }
                 }
                 let mut j = 0;
@@ -293,6 +298,11 @@ pub(super) unsafe fn pack_rhs<T: Real>(
                     let p = dst.add(j * T::KC + k * nr);
                     std::ptr::copy_nonoverlapping(line.add(j), p, nr); // one register: `nr` is a constant here
                     j += nr;
+                }
+            }
+            if let Some(sums) = sums {
+                for j in 0..nj {
+                    *sums.add(j) += (*squares.add(j)).f64();
                 }
             }
         }

@@ -65,8 +65,8 @@ fn iterate(cx: Context, x: &mut [f64], r: usize, unit: f64) {
     let (mut s, mut null) = (Scratch::zeros(r * r), vec![false; r]);
     let (mut y, mut z) = (Scratch::<f64>::new(r * r), Scratch::<f64>::new(r * r));
     for _ in 0..12 {
-        if 1.0 - l < 1e-9 {
-            break;
+        if 1.0 - l < unit.sqrt() / 8.0 {
+            break; // the last step below squares this
         }
         let l2 = l * l;
         let d = (4.0 * (1.0 - l2) / (l2 * l2)).cbrt();

@@ -235,11 +235,11 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     // P = orth(B Q)
     let noise = Noise::of::<T>(o.half);
     let products = Context { half: o.half, ..cx };
-    let energies_count = o.tail != Tail::Feedback || o.diagnostics;
+    let count = o.tail != Tail::Feedback || o.diagnostics;
     let mut row_energy = Scratch::<f64>::zeros(m);
     let mut p = Scratch::<T>::new(m * r);
     let Some(size) =
-        project(products, unscaled, matrix.q.as_ref(), &mut p, energies_count.then_some(&mut row_energy[..]))
+        project(products, unscaled, matrix.q.as_ref(), &mut p, count.then_some(&mut row_energy[..]))
     else {
         return skipped;
     };
@@ -256,7 +256,8 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     let packed = Packed::<T>::new(products, p.t());
     let mut column_energy = Scratch::<f64>::zeros(n);
     let mut rfac = Scratch::<T>::new(n * r);
-    project_back(cx, &packed, b, &mut rfac, energies_count.then_some(&mut column_energy[..]));
+    let columns = (o.tail == Tail::Normalized).then_some(&mut column_energy[..]);
+    project_back(cx, &packed, b, &mut rfac, columns);
     let own = (kappa != 0.0 && o.a != o.b).then(|| {
         let mut w = Scratch::<T>::new(n * r);
         project_back(cx, &packed, Terms::two(size, mv, size * sign, gv), &mut w, None);

@@ -113,8 +113,8 @@ class Reference:
         return self._unit if self._unit is not None else unit_roundoff(t.dtype)
 
     def noise(self, t: Tensor) -> tuple[float, float, float, float]:
-        """What is rounding noise: a direction of B·Q, and of R, relative to the largest; the tail's share of B's energy,
-        in all and in a row or column, where it fades out.
+        """What is rounding noise: a direction of B·Q, and of R, relative to the largest; and the tail's share of B's
+        energy, in all and in a row or column, where it fades out.
         """
         if self._half and t.dtype == torch.float32:
             return 2.0**-6, 2.0**-8, 2.0**-12, 2.0**-8

@@ -73,15 +73,15 @@ def _plain(groups: list[dict[str, Any]], config: TrainConfig, algorithms: set[st
 
 
 RECIPES = {
-    "orth-dion": Recipe("Orth-Dion as published: qr, (a, b) = (0.95, 0)", 0.06, _family(OrthDion)),
-    "orth-dion-tuned": Recipe("qr, feedback (1, 0.7)", 0.02, _family(OrthDion, feedback=(1.0, 0.7))),
+    "orth-dion": Recipe("Orth-Dion as published: qr, (a, b) = (0.95, 0)", 0.045, _family(OrthDion)),
+    "orth-dion-tuned": Recipe("qr, feedback (1, 0.7)", 0.04, _family(OrthDion, feedback=(1.0, 0.7))),
     "orth-dion-completed": Recipe(
-        "polar head, normalized tail, (0.95, 0.7)", 0.01, _family(OrthDion, tail="normalized")
+        "polar head, normalized tail, (0.95, 0.7)", 0.03, _family(OrthDion, tail="normalized")
     ),
-    "orth-dion-linear": Recipe("polar head, linear tail, 6mnr flops", 0.01, _family(OrthDion, tail="linear")),
-    "dion": Recipe("Dion as published: column, (1, 0.95)", 0.01, _family(Dion)),
-    "muon": Recipe("torch.optim.Muon, full rank, and AdamW", 0.01, _muon),
-    "adamw": Recipe("torch.optim.AdamW for everything", 0.005, _adamw),
+    "orth-dion-linear": Recipe("polar head, linear tail, 6mnr flops", 0.02, _family(OrthDion, tail="linear")),
+    "dion": Recipe("Dion as published: column, (1, 0.95)", 0.02, _family(Dion)),
+    "muon": Recipe("torch.optim.Muon, full rank, and AdamW", 0.03, _muon),
+    "adamw": Recipe("torch.optim.AdamW for everything", 0.0025, _adamw),
 }
 
 
