@@ -80,7 +80,7 @@ def _print(results: list[Result]) -> None:
     names = ("optimizer", "rate", "validation loss", "training loss", "tokens/s", "optimizer ms/step", "state MB")
     table = Table(title="nats a byte, lower is better")
     for name in names:
-        table.add_column(name, justify="left" if name == "optimizer" else "right")
+        table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=name == "optimizer")
     lowest = min(r.validation_loss for r in results)
     for r in results:
         style = "bold" if r.validation_loss == lowest else None

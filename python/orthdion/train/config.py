@@ -93,7 +93,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return 1.0 - done if config.schedule == "linear" else 1.0
 
 
-#: ``demo`` takes about half a minute an optimizer on two cores; ``base`` wants a GPU.
+#: ``demo`` takes about 40 seconds an optimizer on two cores; ``base`` wants a GPU.
 PRESETS = {
     "demo": TrainConfig(),
     "small": TrainConfig(width=256, layers=6, heads=4, context=256, batch=16, steps=2000, checkpoint_every=100),
