@@ -74,6 +74,10 @@ impl Claim {
 pub fn check(claims: &[Claim], group: usize) -> Result<(), Error> {
     let mut extents = Vec::with_capacity(claims.len());
     for (i, c) in claims.iter().enumerate() {
+        let huge = [c.shape.0, c.shape.1, c.strides.0.unsigned_abs(), c.strides.1.unsigned_abs()];
+        if huge.into_iter().any(|x| x > 1 << 48) {
+            return Err(Error::Bounds { need: usize::MAX, got: c.bytes });
+        }
         if c.ptr % c.dtype.size() != 0 {
             return Err(Error::Alignment { what: "a tensor" });
         }
@@ -108,13 +112,25 @@ pub fn check(claims: &[Claim], group: usize) -> Result<(), Error> {
 /// Whether two views with overlapping extents really have bytes in common. Slices of one matrix that interleave, such
 /// as two ranges of its columns, do not.
 fn share(a: &Claim, b: &Claim) -> bool {
+    let (Some((la, _)), Some((lb, _))) = (a.extent(), b.extent()) else { return false };
+    // Addresses of either differ by multiples of the strides' common divisor: another remainder never meets.
+    if a.dtype == b.dtype {
+        let strides = [a.strides.0, a.strides.1, b.strides.0, b.strides.1].map(isize::unsigned_abs);
+        let step = strides.into_iter().fold(0, gcd) * a.dtype.size();
+        if step > 0 && (lb as i128 - la as i128).rem_euclid(step as i128) != 0 {
+            return false;
+        }
+    }
     let ((period, wa), (other, wb)) = (a.lattice(), b.lattice());
     if period != other || period == 0 {
         return true;
     }
-    let (Some((la, _)), Some((lb, _))) = (a.extent(), b.extent()) else { return false };
     let offset = (lb as i128 - la as i128).rem_euclid(period as i128) as usize;
     !(offset >= wa && offset + wb <= period)
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 #[cfg(test)]
@@ -148,6 +164,10 @@ mod tests {
         let left = claim(4096, (8, 4), (8, 1), true);
         let right = claim(4096 + 16, (8, 4), (8, 1), true);
         assert!(check(&[left, right], 1).is_ok());
+        // The last axis of a stack: every fourth element each.
+        let every = |k: usize| claim(4096 + 4 * k, (8, 8), (32, 4), true);
+        assert!(check(&[every(0), every(1), every(3)], 1).is_ok());
+        assert!(check(&[every(1), every(1)], 1).is_err());
         let shifted = claim(4096 + 12, (8, 4), (8, 1), true);
         assert!(check(&[left, shifted], 1).is_err());
     }

@@ -62,12 +62,15 @@ pub enum Isa {
     Portable,
     /// AVX2 and FMA.
     #[cfg(target_arch = "x86_64")]
+    #[non_exhaustive]
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     #[cfg(target_arch = "x86_64")]
+    #[non_exhaustive]
     Avx512,
     /// Armv8 Advanced SIMD.
     #[cfg(target_arch = "aarch64")]
+    #[non_exhaustive]
     Neon,
 }
 

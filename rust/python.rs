@@ -184,7 +184,7 @@ fn options(n: &[f64]) -> Result<(Options, f64), Error> {
         diagnostics: n[10] != 0.0,
         half: n[11] != 0.0,
     };
-    let finite = [o.lr, o.weight_decay, o.a, o.b, o.tail_scale, o.epsilon, n[12]];
+    let finite = [o.lr, o.weight_decay, o.a, o.b, o.tail_scale, o.epsilon, o.nesterov.unwrap_or(0.0), n[12]];
     if finite.iter().all(|x| x.is_finite()) {
         Ok((o, n[12]))
     } else {
@@ -366,6 +366,17 @@ fn matmul(
     })
 }
 
+/// The first two of some operands that share memory, if any do.
+#[pyfunction]
+fn overlap(table: PyReadonlyArray2<'_, i64>) -> PyResult<Option<(usize, usize)>> {
+    let count = rows(&table, HEAD + VIEW)?.len();
+    match borrow::check(&operands(&table, count, 0)?, 1) {
+        Err(Error::Overlap { first, second }) => Ok(Some((first, second))),
+        Err(Error::Value { .. }) | Ok(()) => Ok(None), // a view that aliases itself is refused when it is stepped
+        Err(e) => Err(e.into()),
+    }
+}
+
 /// The instruction set in use, all that this processor has, and what multiplies bfloat16 pairs ("rounded singles" if nothing).
 #[pyfunction]
 fn instruction_sets() -> (&'static str, Vec<&'static str>, &'static str) {
@@ -382,6 +393,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(factor, m)?)?;
     m.add_function(wrap_pyfunction!(power_iteration, m)?)?;
     m.add_function(wrap_pyfunction!(matmul, m)?)?;
+    m.add_function(wrap_pyfunction!(overlap, m)?)?;
     m.add_function(wrap_pyfunction!(instruction_sets, m)?)?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A small counter-based generator for the starts of power iterations and for tests.
+//! A small counter-based generator for tests and benches.
 
 /// SplitMix64 over a counter (Steele, Lea, Flood 2014); a stream is named by a seed and an index.
 #[derive(Clone, Debug)]

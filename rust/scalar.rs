@@ -52,6 +52,8 @@ pub trait Real:
     const KC: usize;
     /// Largest absolute value at which squares and products of factors still have room to spare.
     const SAFE_MAX: f64;
+    /// Powers of two up to this one, times a hyperparameter, stay finite; larger than the reach of subnormals.
+    const SAFE_EXPONENT: f64;
     /// Exact widening.
     fn f64(self) -> f64;
     /// Rounds to nearest.
@@ -65,12 +67,13 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($t:ty, $simd:ident, $unit:expr, $kc:expr, $max:expr) => {
+    ($t:ty, $simd:ident, $unit:expr, $kc:expr, $max:expr, $exponent:expr) => {
         impl Real for $t {
             type Simd<L: Level> = L::$simd;
             const UNIT: f64 = $unit;
             const KC: usize = $kc;
             const SAFE_MAX: f64 = $max;
+            const SAFE_EXPONENT: f64 = $exponent;
             #[inline(always)]
             fn f64(self) -> f64 {
                 self.into()
@@ -94,20 +97,24 @@ macro_rules! real {
         }
     };
 }
-real!(f32, F32, 1.0 / (1u64 << 24) as f64, 256, 1e12);
-real!(f64, F64, 1.0 / (1u64 << 53) as f64, 192, 1e100);
+real!(f32, F32, 1.0 / (1u64 << 24) as f64, 256, 1e12, 120.0);
+real!(f64, F64, 1.0 / (1u64 << 53) as f64, 192, 1e100, 1000.0);
 
 /// A type that weights, gradients and states may be stored in.
-pub trait Element: Copy + 'static {
+///
+/// # Safety
+/// `DTYPE` has the size and the alignment of the type, and every bit pattern is a value.
+pub unsafe trait Element: Copy + 'static {
     /// Its tag.
     const DTYPE: Dtype;
     /// Value in working precision.
     fn load<W: Real>(self) -> W;
-    /// Rounds a working-precision value to nearest.
+    /// Rounds a working-precision value to nearest; to two bytes by way of single precision.
     fn store<W: Real>(w: W) -> Self;
 }
 
-impl Element for f32 {
+// SAFETY: a number, and its own tag.
+unsafe impl Element for f32 {
     const DTYPE: Dtype = Dtype::F32;
     #[inline(always)]
     fn load<W: Real>(self) -> W {
@@ -119,7 +126,8 @@ impl Element for f32 {
     }
 }
 
-impl Element for f64 {
+// SAFETY: a number, and its own tag.
+unsafe impl Element for f64 {
     const DTYPE: Dtype = Dtype::F64;
     #[inline(always)]
     fn load<W: Real>(self) -> W {
@@ -131,7 +139,8 @@ impl Element for f64 {
     }
 }
 
-impl Element for bf16 {
+// SAFETY: a number, and its own tag.
+unsafe impl Element for bf16 {
     const DTYPE: Dtype = Dtype::Bf16;
     #[inline(always)]
     fn load<W: Real>(self) -> W {
@@ -148,7 +157,8 @@ impl Element for bf16 {
     }
 }
 
-impl Element for f16 {
+// SAFETY: a number, and its own tag.
+unsafe impl Element for f16 {
     const DTYPE: Dtype = Dtype::F16;
     #[inline(always)]
     fn load<W: Real>(self) -> W {

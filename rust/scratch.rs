@@ -28,7 +28,8 @@ impl Plain for f64 {}
 impl<T: Plain> Scratch<T> {
     /// `len` elements, arbitrary contents.
     pub(crate) fn new(len: usize) -> Self {
-        let need = (len * size_of::<T>()).div_ceil(size_of::<Line>());
+        let bytes = len.checked_mul(size_of::<T>()).expect("a buffer that fits into memory");
+        let need = bytes.div_ceil(size_of::<Line>());
         let mut lines = FREE.with_borrow_mut(|free| {
             // The smallest buffer that fits, else the largest one, to be grown.
             let fits = (0..free.len()).filter(|&i| free[i].len() >= need).min_by_key(|&i| free[i].len());

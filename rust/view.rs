@@ -17,10 +17,8 @@ use std::ops::Range;
 pub struct Mat<'a> {
     pub(crate) ptr: *const u8,
     pub(crate) dtype: Dtype,
-    /// Number of rows.
-    pub rows: usize,
-    /// Number of columns.
-    pub cols: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
     pub(crate) rs: isize,
     pub(crate) cs: isize,
     life: PhantomData<&'a ()>,
@@ -88,6 +86,11 @@ impl<'a> Mat<'a> {
         (rs, cs): (isize, isize),
     ) -> Self {
         Mat { ptr, dtype, rows, cols, rs, cs, life: PhantomData }
+    }
+
+    /// Rows and columns.
+    pub fn shape(self) -> (usize, usize) {
+        (self.rows, self.cols)
     }
 
     /// The transpose: the same memory with rows and columns exchanged.

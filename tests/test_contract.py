@@ -84,7 +84,7 @@ def test_states_exist_from_construction_and_after_add_param_group():
     a, b, c = parameter(randn(6, 8)), parameter(randn(5)), parameter(randn(7, 3))
     o = orthdion.Dion([{"params": [a]}, {"params": [b], "algorithm": "adamw"}])
     assert {k: tuple(v.shape) for k, v in o.state[a].items()} == {"momentum": (6, 8), "Q": (6, 6)}
-    assert set(o.state[b]) == {"momentum", "variance"}
+    assert set(o.state[b]) == {"momentum", "variance", "step"}
     o.add_param_group({"params": [c], "algorithm": "lion", "lr": 0.5})
     assert set(o.state[c]) == {"momentum"}
     o.step()  # no gradients: nothing to do, nothing breaks
@@ -241,3 +241,66 @@ def test_microsofts_checkpoint_loads_and_missing_keys_keep_their_values():
         p.grad = randn(*p.shape, seed=3)
     o.step()
     assert o.state[wide]["Q"].shape == (10, 3)
+
+
+def test_a_late_first_gradient_has_its_own_bias_correction():
+    ours, theirs = [[parameter(randn(5)), parameter(randn(5, seed=1))] for _ in range(2)]
+    o = orthdion.Dion([{"params": ours, "algorithm": "adamw"}], lr=0.1, weight_decay=0.0)
+    t = torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    for k in range(8):
+        for i in range(2):
+            g = randn(5, seed=10 * k + i) if i == 0 or k > 4 else None
+            ours[i].grad, theirs[i].grad = g, None if g is None else g.clone()
+        o.step()
+        t.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("theirs", ["adamw", "lion", "dion"])
+@pytest.mark.parametrize("ours", ["adamw", "lion", "dion"])
+def test_a_state_of_another_algorithm_or_library_is_refused(ours, theirs):
+    def make(algorithm):
+        p = parameter(randn(4, 3), randn(4, 3))
+        o = orthdion.Dion([{"params": [p], "algorithm": algorithm}], lr=0.25)
+        o.step()
+        return o
+
+    o = make(ours)
+    if ours == theirs:
+        o.load_state_dict(make(theirs).state_dict())
+        return
+    with pytest.raises(ValueError, match="algorithm"):
+        o.load_state_dict(make(theirs).state_dict())
+    foreign = torch.optim.SGD([parameter(randn(4, 3), randn(4, 3))], lr=9.0, momentum=0.9)
+    foreign.step()
+    with pytest.raises(ValueError, match="another kind of optimizer"):
+        o.load_state_dict(foreign.state_dict())
+    assert o.param_groups[0]["lr"] == 0.25
+
+
+def test_load_hooks_see_and_change_the_state():
+    p = parameter(randn(4, 3), randn(4, 3))
+    o = orthdion.OrthDion([p])
+    o.step()
+    saved, seen = o.state_dict(), []
+
+    def before(optimizer, state_dict):
+        state_dict = copy.deepcopy(state_dict)
+        state_dict["state"][0]["momentum"].fill_(7.0)
+        return state_dict
+
+    o.register_load_state_dict_pre_hook(before)
+    o.register_load_state_dict_post_hook(lambda optimizer: seen.append(float(optimizer.state[p]["momentum"][0, 0])))
+    o.load_state_dict(saved)
+    assert seen == [7.0] and bool((o.state[p]["momentum"] == 7.0).all())
+    o.load_state_dict(saved)
+    assert seen == [7.0, 7.0]
+
+
+def test_group_betas_may_be_set_as_torch_users_do():
+    p = parameter(randn(4), randn(4))
+    o = orthdion.Dion([{"params": [p], "algorithm": "adamw"}])
+    o.param_groups[0]["betas"] = (0.5, 0.6)
+    o.step()
+    assert (o.param_groups[0]["beta1"], o.param_groups[0]["beta2"]) == (0.5, 0.6)
+    assert torch.allclose(o.state[p]["momentum"], 0.5 * p.grad)

@@ -100,3 +100,65 @@ def test_the_groups_step_the_whole_model_and_print_as_a_table():
 def test_what_is_no_model_is_refused(call):
     with pytest.raises(TypeError, match="pass the model"):
         call()
+
+
+def reasons(model):
+    return {d.name: (d.settings.get("algorithm"), d.reason) for d in orthdion.param_groups(model).decisions}
+
+
+def test_only_the_last_layer_of_a_head_is_one():
+    vgg = nn.ModuleDict(
+        {"features": nn.Conv2d(3, 8, 3), "classifier": nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 10))}
+    )
+    r = reasons(vgg)
+    assert r["classifier.0.weight"][0] == "dion" and r["classifier.2.weight"][0] == "adamw"
+    resnet = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3), "fc": nn.Linear(8, 10)})
+    assert reasons(resnet)["fc.weight"][0] == "adamw"
+
+
+def test_names_do_not_make_embeddings_of_layers_but_of_bare_tables():
+    m = nn.Module()
+    m.time_emb_proj, m.patch_embed = nn.Linear(8, 8), nn.Conv2d(3, 8, 4)
+    m.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
+    m.cls_token, m.register_tokens = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.zeros(1, 4, 8))
+    m.gate_up_proj_bias = nn.Parameter(torch.zeros(4, 16))
+    m.router, m.A_log = nn.Linear(8, 4, bias=False), nn.Parameter(torch.zeros(16, 4))
+    r = reasons(m)
+    assert r["time_emb_proj.weight"][0] == r["patch_embed.weight"][0] == "dion"
+    others = (
+        "relative_position_bias_table",
+        "cls_token",
+        "register_tokens",
+        "gate_up_proj_bias",
+        "router.weight",
+        "A_log",
+    )
+    assert all(r[name][0] == "adamw" for name in others), r
+
+
+def test_layouts_that_are_not_out_by_in_are_not_stepped_as_such():
+    class Conv1D(nn.Module):  # as transformers' GPT-2 has it
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(16, 48))
+
+    m = nn.Module()
+    m.c_attn, m.up = Conv1D(), nn.ConvTranspose2d(8, 4, 2)
+    m.grouped = nn.Conv2d(32, 64, 3, groups=4)
+    r = reasons(m)
+    assert r["c_attn.weight"][0] == r["up.weight"][0] == "adamw" and "Conv1D" in r["c_attn.weight"][1]
+    assert r["grouped.weight"][0] == "dion" and "4 groups" in r["grouped.weight"][1]
+    o = orthdion.OrthDion(orthdion.param_groups(m))
+    assert o.state[m.grouped.weight]["Q"].shape == (4, 16, 4)
+
+
+def test_an_overridden_head_keeps_lions_rate_and_a_depthwise_kernel_its_form():
+    m = nn.ModuleDict(
+        {"body": nn.Linear(16, 16), "lm_head": nn.Linear(16, 30, bias=False), "conv": nn.Conv1d(8, 8, 5, groups=8)}
+    )
+    groups = orthdion.param_groups(
+        m, scalar="lion", lr=0.01, overrides={"lm_head.weight": {"weight_decay": 0.1}, "conv.weight": "dion"}
+    )
+    d = {x.name: x.settings for x in groups.decisions}
+    assert d["lm_head.weight"] == {"algorithm": "lion", "weight_decay": 0.1, "lr": 0.0025}
+    assert d["conv.weight"] == {"algorithm": "dion", "flatten": True}

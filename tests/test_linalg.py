@@ -110,6 +110,19 @@ def test_input_is_left_as_it_was_and_strides_do_not_matter():
     assert np.array_equal(linalg.qr(a.numpy()[::-1])[0], linalg.qr(a.numpy()[::-1].copy())[0])
 
 
+def test_fields_of_packed_records_half_arrays_and_no_columns():
+    packed = np.zeros(60, [("x", "<f4"), ("p", "<u2")])
+    packed["x"] = randn(60).numpy()
+    a = packed["x"].reshape(20, 3)
+    assert np.array_equal(linalg.qr(a)[0], linalg.qr(a.copy())[0])
+    v, _ = linalg.qr(a.astype(np.float16))
+    assert v.dtype == np.float16 and np.allclose(v, linalg.qr(a)[0], atol=2e-3)
+    v, t = linalg.qr(torch.zeros(5, 0))
+    assert v.shape == (5, 0) and t.shape == (0, 0) and linalg.polar(torch.zeros(5, 0)).shape == (5, 0)
+    p, r = linalg.power_iteration(torch.ones(5, 4), torch.zeros(4, 0))
+    assert p.shape == (5, 0) and r.shape == (4, 0)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

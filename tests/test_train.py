@@ -184,6 +184,9 @@ def test_the_model_is_causal_and_its_start_depends_on_the_seed_alone():
         (["train", "--width", "50"], "multiple of twice the heads"),
         (["train", "--steps", "0"], "steps must be"),
         (["train", "--lr", "nan"], "lr must be"),
+        (["train", "--seed", "-1"], "seed must be"),
+        (["train", "--rank-fraction", "7"], "rank_fraction must be"),
+        (["train", "--device", "nonsense"], "cannot be used"),
         (["compare", "--optimizers", "sgd"], "optimizers must be"),
         (["compare", "--lrs", "a,b"], "numbers separated by commas"),
         (["train", "--resume", "--out", "nowhere"], "no checkpoint"),
@@ -202,7 +205,37 @@ def test_doctor_and_recipes_tell():
     assert "muon" in orthdion_cli("recipes").stdout
 
 
-def test_presets_are_complete():
-    assert set(PRESETS) == {"demo", "small", "base"}
-    for preset in PRESETS.values():
-        GPT(preset.width // preset.width * preset.heads * 2, 1, preset.heads, 8)
+def test_presets_have_the_sizes_they_name():
+    sizes = {name: (p.width, p.layers, p.rank_fraction) for name, p in PRESETS.items()}
+    assert sizes == {"demo": (96, 3, 0.25), "small": (256, 6, 0.25), "base": (768, 12, 0.25)}
+
+
+def test_a_diverged_run_is_told_and_loses_to_every_other(tmp_path, text):
+    results = compare(TINY, ["adamw"], [1e30, 0.01], path=text, out=tmp_path)
+    assert not np.isfinite(results[0].validation_loss) and best(results)[0].lr == 0.01
+    saved = json.loads(
+        (tmp_path / "comparison.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON")
+    )
+    assert saved["runs"][0]["validation_loss"] is None
+    only = compare(TINY, ["adamw"], [1e30], path=text, out=tmp_path / "only")
+    assert (tmp_path / "only" / "comparison.png").exists() and len(only) == 1
+
+
+def test_another_text_is_refused_and_a_fresh_start_clears_the_folder(tmp_path, text):
+    out = tmp_path / "run"
+    train(TINY, path=text, out=out)
+    other = tmp_path / "other.txt"
+    other.write_bytes(b"something else entirely, " * 200)
+    with pytest.raises(ValueError, match="another text"):
+        train(TINY, path=other, out=out, resume=True)
+    train(TINY.with_(steps=2, eval_every=5, checkpoint_every=5, seed=3), path=text, out=out, progress=lambda *_: None)
+    assert [r["step"] for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())] == [2]
+    first = train(TINY, path=text, out=out)
+    again = train(TINY, path=text, out=out, resume=True)
+    assert again.history == first.history and again.validation_loss == first.validation_loss
+
+
+def test_a_sweep_with_a_mistake_stops_before_the_first_run(tmp_path, text):
+    with pytest.raises(ValueError, match="lr must be"):
+        compare(TINY, ["adamw"], [0.01, float("nan")], path=text, out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +54,11 @@ def _device(name: str) -> str:
     import torch
 
     if name != "auto":
-        return str(torch.device(name))
+        try:
+            torch.empty(0, device=name)
+        except RuntimeError as e:
+            raise ValueError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
+        return name
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -81,7 +87,7 @@ def _print(results: list[Result]) -> None:
     table = Table(title="nats a byte, lower is better")
     for name in names:
         table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=name == "optimizer")
-    lowest = min(r.validation_loss for r in results)
+    lowest = min((r.validation_loss for r in results if math.isfinite(r.validation_loss)), default=None)
     for r in results:
         style = "bold" if r.validation_loss == lowest else None
         cells = (
@@ -220,14 +226,16 @@ def bench(context: typer.Context) -> None:
     root = Path(__file__).resolve().parents[2]
     if not (root / "benches" / "__main__.py").is_file():
         raise ValueError("the benches live in the repository, not in the wheel: clone it and run `make bench`")
-    raise SystemExit(subprocess.run([sys.executable, "-m", "benches", *context.args], cwd=root, check=False).returncode)
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "benches", *context.args]
+    raise SystemExit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode)
 
 
 def main() -> None:
     """Entry point: errors in what was asked are one line, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, NotImplementedError) as e:
+    except (ValueError, TypeError, NotImplementedError, OSError) as e:
         Console(stderr=True).print(f"[red]error:[/] {e}", highlight=False)
         sys.exit(2)
 

@@ -19,11 +19,15 @@ from ._text import table
 
 __all__ = ["Decision", "ParamGroups", "param_groups"]
 
-_HEAD = re.compile(r"(^|\.)(lm_head|head|unembed(ding)?|output_projection|embed_out|classifier|score|logits)(\.|$)")
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|head|unembed(ding)?|output_projection|embed_out|classifier|score|logits|qa_outputs)(\.|$)|^fc\."
+)
 _EMBEDDING = re.compile(
     r"(^|[._])(wte|wpe|emb(ed)?s?|embeddings?|tok(en)?s?_emb\w*|pos(ition)?(al)?_emb\w*)(\d*)([._]|$)"
 )
-_QKV = re.compile(r"(^|\.)(qkv|qkv_proj|in_proj|wqkv|c_attn|query_key_value)(_weight|\.weight)$")
+_QKV = re.compile(r"(^|\.)(to_)?(qkv|qkv_proj|in_proj|wqkv|c_attn)(_weight|\.weight)$", re.IGNORECASE)
+_TABLE = re.compile(r"(_table|_tokens?|A_log)$")
+_ROUTER = re.compile(r"(^|\.)(router|gate)(\.weight)?$")
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -97,7 +101,8 @@ def param_groups(
         for pattern, wish in overrides.items():
             if fnmatch.fnmatchcase(name, pattern):
                 unused.discard(pattern)
-                settings, reason = _override(settings, wish, pattern, name, p)
+                conv = any(isinstance(module, _CONV) for module, _ in owners)
+                settings, reason = _override(settings, reason, wish, pattern, name, p, conv)
         if settings.get("algorithm") in ("adamw", "lion"):
             settings = _scalar_rate(settings, reason, p, scalar_lr, lr)
         decisions.append(Decision(name, tuple(p.shape), settings, reason))
@@ -139,19 +144,32 @@ def _decide(
     if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in modules):
         tied = any(isinstance(m, nn.Linear) for m in modules)
         return other, "embedding tied to the head: no decay" if tied else "embedding: no decay"
-    if p.ndim < 2:
+    if p.ndim < 2 or name.endswith("bias"):
         kind = "bias" if name.endswith("bias") else "norm" if "norm" in name.lower() else "vector"
         return other, f"{kind}: no matrix, no decay"
     if _is_head(name, p, modules, model):
         return {"algorithm": scalar}, "head: rows are classes, not features"
-    if _EMBEDDING.search(name):
-        return other, "embedding by its name: no decay"
+    if any(type(m).__name__ == "Conv1D" for m in modules):
+        # Its rows and columns, and so the step's scale, would be taken the wrong way.
+        return {"algorithm": scalar}, "transformers' Conv1D keeps (in, out): not stepped as a matrix"
+    if not any(isinstance(m, (nn.Linear, *_CONV)) for m in modules):
+        if _EMBEDDING.search(name):
+            return other, "embedding by its name: no decay"
+        if _TABLE.search(name):
+            return other, "table or tokens by its name: no decay"
     if p.numel() == max(p.shape):
         return other, "vector in the shape of a matrix: no decay"
+    if _ROUTER.search(name) and p.ndim == 2 and p.shape[0] < p.shape[1]:
+        return {"algorithm": scalar}, "router: rows are classes, not features"
     conv = next((m for m in modules if isinstance(m, _CONV)), None)
     if conv is not None:
         if conv.groups == conv.in_channels > 1:
             return other, "depthwise convolution: mixes no channels"
+        if isinstance(conv, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            return {"algorithm": scalar}, "transposed convolution keeps (in, out): not stepped as a matrix"
+        if conv.groups > 1 and p.ndim != 3:
+            grouped = {"algorithm": "dion", "flatten": True, "row_blocks": conv.groups}
+            return grouped, f"convolution in {conv.groups} groups, a matrix each"
         return {"algorithm": "dion", "flatten": True}, "convolution, as a matrix (out, in·kernel)"
     if p.ndim == 2 and p.shape[0] % 3 == 0 and p.shape[0] == 3 * p.shape[1] and _QKV.search(name):
         return {"algorithm": "dion", "row_blocks": 3}, "fused QKV: three hidden matrices"
@@ -168,15 +186,24 @@ def _is_head(name: str, p: Tensor, modules: list[nn.Module], model: nn.Module) -
         return True
     if p.ndim != 2 or not any(isinstance(m, nn.Linear) for m in modules):
         return False
-    if _HEAD.search(name):
-        return True
-    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    return p.shape[0] in vocabularies and linears[-1].weight is p and len(linears) > 1
+    if (match := _HEAD.search(name)) is not None:
+        # Of a head of several layers only the last one has classes for rows.
+        prefix = name[: match.end()]
+        inside = [m for n, m in model.named_modules() if f"{n}.".startswith(prefix) and isinstance(m, nn.Linear)]
+        return not inside or inside[-1].weight is p
+    vocabularies = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    return p.shape[0] == max(vocabularies, default=-1) and linears[-1].weight is p
 
 
 def _override(
-    settings: dict[str, Any], wish: str | Mapping[str, Any], pattern: str, name: str, p: Tensor
+    settings: dict[str, Any],
+    reason: str,
+    wish: str | Mapping[str, Any],
+    pattern: str,
+    name: str,
+    p: Tensor,
+    conv: bool,
 ) -> tuple[dict[str, Any], str]:
     if not settings:
         return settings, "frozen (requires_grad is False)"
@@ -186,8 +213,10 @@ def _override(
             f"overrides[{pattern!r}] gives the vector {name} to the low-rank algorithm, which needs matrices"
         )
     if keys.get("algorithm", settings["algorithm"]) != settings["algorithm"]:
-        settings = {}  # what was set for the other algorithm means nothing here
-    return {**settings, **keys}, f"overridden by {pattern!r}"
+        settings = (
+            {"flatten": True} if conv and keys["algorithm"] == "dion" else {}
+        )  # the rest was for the other algorithm
+    return {**settings, **keys}, f"{reason}; overridden by {pattern!r}"
 
 
 def _scalar_rate(

@@ -173,8 +173,13 @@ def _call(name: str, arrays: tuple[Any, ...], *rest: Any) -> None:
     from .backends.table import operands
 
     double = str(arrays[0].dtype).endswith("float64")
-    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arrays)
+    detached = tuple(a.detach().resolve_neg() if isinstance(a, Tensor) else _whole_strides(a) for a in arrays)
     getattr(_core, name)(operands(*detached), *rest, double, torch.get_num_threads())
+
+
+def _whole_strides(a: NDArray[Any]) -> NDArray[Any]:
+    """A field of a structured array may have strides that are no multiple of its elements: then a copy."""
+    return a if all(s % a.itemsize == 0 for s in a.strides) else np.ascontiguousarray(a)
 
 
 def _batched(one: Callable[..., tuple[Any, ...]], *arrays: Any) -> Any:

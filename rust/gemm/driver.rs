@@ -212,8 +212,8 @@ unsafe fn block<T: Real, L: Level>(
                         wide,
                     );
                 }
-                // SAFETY: panels and accumulator as below; the words are those of this block, whose columns are padded
-                // to whole tiles.
+                // SAFETY: panels and accumulator as below. The buffer of words has whole tiles of columns; what columns
+                // behind the block's own hold is summed into lines that are never emitted.
                 unsafe {
                     (kernel.tile)(PairTile {
                         vectors: rows / 16,

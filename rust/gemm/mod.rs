@@ -39,9 +39,9 @@ pub struct Context {
 }
 
 impl Context {
-    /// The best level, `threads` threads.
+    /// The best level, `threads` threads (1 to 1024).
     pub fn new(threads: usize) -> Self {
-        Context { isa: Isa::current(), threads: threads.max(1), half: false }
+        Context { isa: Isa::current(), threads: threads.clamp(1, 1024), half: false }
     }
 
     /// The same level on the calling thread alone.

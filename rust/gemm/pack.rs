@@ -134,7 +134,8 @@ impl<T: Real> Packed<T> {
         let (rows, depth) = (view.rows, view.cols);
         let padded = rows.next_multiple_of(lanes);
         let rounding = Rounding::of::<T>(cx);
-        let mut data = Scratch::new(padded * rounding.pad(depth));
+        let mut data =
+            Scratch::new(padded.checked_mul(rounding.pad(depth)).expect("a panel that fits into memory"));
         let base = SendPtr(data.as_mut_ptr());
         let blocks = depth.div_ceil(T::KC);
         pool::for_each(cx.threads, blocks, &|b| {

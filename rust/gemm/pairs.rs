@@ -2,7 +2,8 @@
 //!
 //! Operands are rounded to bfloat16 while they are packed. Processors with AVX512-BF16 or AMX multiply pairs of them: the
 //! left panel is then `[k/2][row]`, the right one `[column][k]`, two consecutive `k` in each 32-bit word. Elsewhere the
-//! rounded values are multiplied in single precision, with the same result but for the order of the sums.
+//! rounded values are multiplied in single precision, with the same result but for the order of the sums, and for
+//! subnormal numbers, which the native instructions take for zero.
 
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
@@ -40,7 +41,8 @@ pub(super) struct PairTile {
 
 /// The best kernel of this processor at an instruction-set level; None where pairs are not native.
 ///
-/// `ORTHDION_ISA` other than the processor's best level turns it off, `ORTHDION_BF16` (`amx`, `avx512bf16`, `none`) pins one.
+/// `ORTHDION_ISA` other than the processor's best level turns it off, `ORTHDION_BF16` (`amx`, `avx512bf16`, `none`) pins one;
+/// names that the processor does not have are ignored.
 pub(crate) fn kernel(isa: crate::isa::Isa) -> Option<PairKernel> {
     static KERNELS: OnceLock<Vec<PairKernel>> = OnceLock::new();
     let _ = isa;
@@ -51,7 +53,10 @@ pub(crate) fn kernel(isa: crate::isa::Isa) -> Option<PairKernel> {
         }
         let found = KERNELS.get_or_init(|| {
             let mut found = x86::available();
-            if let Ok(pinned) = std::env::var("ORTHDION_BF16") {
+            let pinned = std::env::var("ORTHDION_BF16").unwrap_or_default();
+            if pinned == "none" {
+                found.clear();
+            } else if found.iter().any(|k| k.name == pinned) {
                 found.retain(|k| k.name == pinned);
             }
             found
@@ -356,17 +361,18 @@ mod x86 {
         unsafe { asm!("tilerelease", options(nostack, nomem)) }
     }
 
-    /// One asm block a height, so that no tile register lives outside of one.
+    /// One asm block a height: no tile register lives outside of it.
     macro_rules! amx {
         ($t:ident, $($load:literal, $zero:literal, $b:literal, $dot:literal, $store:literal);+) => {{
-            let steps = $t.pairs / 16;
             let row = 64 * $t.vectors; // bytes of one line of the left panel
-            if $t.first {
-                asm!($($zero,)+ options(nostack, nomem));
-            } else {
-                asm!($($load,)+ c = in(reg) $t.acc, ld = in(reg) 4 * $t.ld, options(nostack, readonly));
-            }
             asm!(
+                "test {first}, {first}",
+                "jnz 4f",
+                $($load,)+
+                "jmp 5f",
+                "4:",
+                $($zero,)+
+                "5:",
                 "test {n}, {n}",
                 "jz 3f",
                 "2:",
@@ -378,7 +384,8 @@ mod x86 {
                 "jnz 2b",
                 "3:",
                 $($store,)+
-                n = inout(reg) steps => _,
+                first = in(reg) usize::from($t.first),
+                n = inout(reg) $t.pairs / 16 => _,
                 a = inout(reg) $t.rhs => _,
                 b = inout(reg) $t.lhs => _,
                 sa = in(reg) 4 * $t.stride,
@@ -386,6 +393,7 @@ mod x86 {
                 sb16 = in(reg) 16 * row,
                 c = in(reg) $t.acc,
                 ld = in(reg) 4 * $t.ld,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
                 options(nostack)
             );
         }};
@@ -394,8 +402,7 @@ mod x86 {
     /// # Safety
     /// The panels hold what `t` says, `pairs` is a multiple of 16, AMX is available and [`amx_enter`] has run.
     unsafe fn amx_tile(t: PairTile) {
-        // SAFETY: the caller's. Between the first block and the second nothing uses tile registers: the compiler never
-        // does, and a signal handler's use is saved and restored by the kernel.
+        // SAFETY: the caller's.
         unsafe {
             match t.vectors {
                 1 => amx!(

@@ -38,7 +38,7 @@ pub(super) fn factor(
         return Err(Error::NonFinite { what: "the matrix" });
     }
     // Squares must neither overflow nor vanish; a power of two changes no digit.
-    let scale = if largest > 0.0 { (-largest.log2().floor()).exp2() } else { 1.0 };
+    let scale = if largest > 0.0 { (-largest.log2().floor()).clamp(-1000.0, 1000.0).exp2() } else { 1.0 };
     work.iter_mut().for_each(|x| *x *= scale);
     let norms = work.chunks_exact(n.max(1)).map(|c| super::square_norm(c).sqrt());
     let threshold = tol * norms.fold(0.0, f64::max);

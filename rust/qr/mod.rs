@@ -73,6 +73,10 @@ pub(crate) fn factor<'a, T: Real>(
     force: Option<Method>,
 ) -> Result<Factor<'a>, Error> {
     let (n, r) = (a.rows, a.cols);
+    if r == 0 {
+        let (right, t) = (Some(Scratch::new(0)), Scratch::new(0));
+        return Ok(Factor { base: Base::Input(a), right, t, null: Vec::new(), method: Method::Cholesky });
+    }
     if n < r {
         return Err(Error::Shape {
             what: "the matrix (pass the transpose of a wide one)",

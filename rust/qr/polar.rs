@@ -53,15 +53,16 @@ pub(super) fn polar_upper(cx: Context, t: &[f64], null: &[bool], unit: f64, u: &
 /// X ← (b/c)·X + (a − b/c)·X (I + c·XᵀX)⁻¹
 /// ```
 ///
-/// with the weights that best raise the smallest singular value, of which `l` is a lower bound. At most six rounds for
-/// any condition that double precision can hold. The Cholesky form of a round errs by about c·2⁻⁵³; where that is not
+/// with the weights that best raise the smallest singular value, of which `l` is a lower bound. Six rounds at most for
+/// condition numbers up to 1e16. The Cholesky form of a round errs by about c·2⁻⁵³; where that is not
 /// below `unit`, the round is taken by Householder's QR of [√c·X; I] instead.
 fn iterate(cx: Context, x: &mut [f64], r: usize, unit: f64) {
     let eye = |s: &mut [f64]| (0..r).for_each(|i| s[i * r + i] += 1.0);
     let mut inverse = Scratch::zeros(r * r);
     let scale = largest(x, r);
     x.iter_mut().for_each(|v| *v /= scale);
-    let mut l = (1.0 / triangular_inverse_norm(cx, x, &mut inverse, r)).min(1.0);
+    // Below 1e-70 its fourth power would vanish; such directions are far beyond what double precision can tell apart.
+    let mut l = (1.0 / triangular_inverse_norm(cx, x, &mut inverse, r)).clamp(1e-70, 1.0);
     let (mut s, mut null) = (Scratch::zeros(r * r), vec![false; r]);
     let (mut y, mut z) = (Scratch::<f64>::new(r * r), Scratch::<f64>::new(r * r));
     for _ in 0..12 {

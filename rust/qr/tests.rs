@@ -318,3 +318,23 @@ proptest! {
         assert_good(&ratios::<f64>(cx, &a, n, r, (true, true), None), "f64");
     }
 }
+
+#[test]
+fn no_columns_subnormal_input_and_hopeless_conditioning() {
+    let cx = Context::new(1);
+    let mut none: [f64; 0] = [];
+    let empty = Mat::new(&[0.0f64; 0], (5, 0), (0, 1)).unwrap();
+    qr::<f64>(cx, empty, MatMut::new(&mut none, (5, 0), (0, 1)).unwrap(), Some(&mut []), 0.0, None).unwrap();
+    let mut none: [f64; 0] = [];
+    polar::<f64>(cx, empty, MatMut::new(&mut none, (5, 0), (0, 1)).unwrap(), 0.0).unwrap();
+    let tiny: Vec<f64> = noise(1, 100).iter().map(|x| x * 1e-310).collect();
+    let mut v = vec![0.0f64; 100];
+    let (null, _) =
+        qr::<f64>(cx, Mat::row_major(&tiny, 20, 5), MatMut::row_major(&mut v, 20, 5), None, 1e-14, None)
+            .unwrap();
+    assert!(null.iter().all(|n| !n) && v.iter().all(|x| x.is_finite()));
+    let mut graded = noise(2, 100);
+    graded.iter_mut().skip(1).step_by(5).for_each(|x| *x *= 1e-80);
+    polar::<f64>(cx, Mat::row_major(&graded, 20, 5), MatMut::row_major(&mut v, 20, 5), 0.0).unwrap();
+    assert!(v.iter().all(|x| x.is_finite()));
+}

@@ -1,7 +1,7 @@
 //! The writing half of a step: weights and buffer, a panel of rows at a time.
 //!
 //! A panel's M and G are read while they are still in cache from the panel's weights. The only temporary is the
-//! normalised tail's panel, which never leaves the second-level cache.
+//! normalised tail's panel, which stays in the second-level cache for up to some thousands of columns.
 
 use super::{Noise, Options, Tail};
 use crate::gemm::{Context, Packed, Product, Region, Terms};

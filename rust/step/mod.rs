@@ -85,7 +85,7 @@ pub struct Matrix<'a> {
 /// What happened to a matrix.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Report {
-    /// The gradient or the buffer held NaN or infinity; nothing was written.
+    /// The gradient or a state held NaN or infinity; nothing was written.
     pub skipped: bool,
     /// Directions in which B was numerically zero.
     pub null: usize,
@@ -226,7 +226,6 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     let sign = if o.maximize { -1.0 } else { 1.0 };
     // Shared copies of M and G: read here, and by `apply` panel by panel before it writes that panel's M.
     let (mv, gv) = (matrix.m.raw(), matrix.g);
-    let kappa = o.nesterov.unwrap_or(0.0);
     let unscaled = match o.nesterov {
         Some(k) => Terms::two(k, mv, (1.0 + k) * sign, gv),
         None => Terms::two(1.0, mv, sign, gv),
@@ -258,7 +257,7 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     let mut rfac = Scratch::<T>::new(n * r);
     let columns = (o.tail == Tail::Normalized).then_some(&mut column_energy[..]);
     project_back(cx, &packed, b, &mut rfac, columns);
-    let own = (kappa != 0.0 && o.a != o.b).then(|| {
+    let own = (o.nesterov.is_some() && o.a != o.b).then(|| {
         let mut w = Scratch::<T>::new(n * r);
         project_back(cx, &packed, Terms::two(size, mv, size * sign, gv), &mut w, None);
         w
@@ -350,7 +349,15 @@ fn project<T: Real>(
         if entry == 0.0 {
             return Some(1.0);
         }
-        size = (-entry.log2().floor()).exp2();
+        size = (-entry.log2().floor()).clamp(-T::SAFE_EXPONENT, T::SAFE_EXPONENT).exp2();
+        if entry * size < 2f64.powi(-60) {
+            // So far below the smallest normal number that a power of two cannot bring it back: zero, but for decay.
+            p.fill(T::default());
+            if let Some(energy) = row_energy {
+                energy.fill(0.0);
+            }
+            return Some(1.0);
+        }
     }
     None
 }
@@ -436,7 +443,8 @@ fn largest_entry(cx: Context, b: Terms<'_>) -> f64 {
 /// Null directions (relative tolerance `tol`) have zero columns in P and R.
 ///
 /// # Errors
-/// [`Error::Shape`] if shapes do not fit or r > min(m, n), [`Error::NonFinite`]; then nothing has been written.
+/// [`Error::Shape`] if shapes do not fit or r > min(m, n), [`Error::NonFinite`] for A or Q; then nothing has been
+/// written.
 pub fn power_iteration<T: Real>(
     cx: Context,
     a: Mat<'_>,
@@ -458,7 +466,7 @@ pub fn power_iteration<T: Real>(
     }
     let mut sketch = Scratch::<T>::new(m * k);
     if k > 0 && project(cx, Terms::one(a), q, &mut sketch, None).is_none() {
-        return Err(Error::NonFinite { what: "the matrix" });
+        return Err(Error::NonFinite { what: "the matrix or its start Q" });
     }
     let factor = qr::factor::<T>(cx, Mat::row_major(&sketch, m, k), tol, None)?;
     factor.orthonormal(cx, p.reborrow());

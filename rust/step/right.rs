@@ -98,9 +98,7 @@ impl Right {
             RightFactor::Column => qr::spectral_norm(cx, v),
             _ => f64::from(self.null.iter().any(|null| !null)),
         };
-        let mut inner = Scratch::<f64>::new(k * k);
-        crate::gemm::gemm::<f64>(cx, 1.0, r.t(), v, 0.0, MatMut::row_major(&mut inner, k, k));
-        report.descent = (0..k).map(|i| inner[i * k + i]).sum();
+        report.descent = (0..r.rows).map(|i| (0..k).map(|j| r.get(i, j) * v.get(i, j)).sum::<f64>()).sum();
         if let Ok(f) = qr::factor::<f32>(cx, r, 1e-6, None) {
             report.nuclear = f.nuclear_norm(cx);
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["DTYPES", "describe", "operands"]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NUMPY = {np.dtype(np.float32): 0, np.dtype(np.float64): 1}
+_NUMPY = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.float16): 3}
 
 View = tuple[int, int, int, int, int, int]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linalg import qr
 
-__all__ = ["as_matrix", "matrices", "matrix_shape", "rank", "start"]
+__all__ = ["as_matrix", "flat", "is_view", "matrices", "matrix_shape", "rank", "start", "write_back"]
 
 
 def matrix_shape(shape: torch.Size, flatten: bool | None, row_blocks: int) -> tuple[int, int, int]:
@@ -49,17 +49,39 @@ def as_matrix(t: Tensor, like: Tensor) -> Tensor:
     return t.permute(0, *_column_order(like)).flatten(1)
 
 
-def matrices(t: Tensor, like: Tensor, flatten: bool | None, row_blocks: int) -> list[Tensor]:
-    """The matrices of a weight, gradient or momentum, as 2-D views (a gradient of odd strides is copied).
+def is_view(matrix: Tensor, of: Tensor) -> bool:
+    """Whether writing to ``matrix`` writes to the tensor that it was made from."""
+    return matrix.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+
+
+def write_back(t: Tensor, matrix: Tensor, like: Tensor) -> None:
+    """Copies :func:`as_matrix`'s result, where that had to be a copy, into the tensor that it was made from."""
+    target = t.permute(0, *_column_order(like))
+    target.copy_(matrix.view(target.shape))
+
+
+def matrices(t: Tensor, like: Tensor, flatten: bool | None, row_blocks: int) -> tuple[list[Tensor], Tensor | None]:
+    """The matrices of a weight, gradient or momentum, as 2-D views; and, where strides allow no view, the copy that
+    they are views of, for :func:`write_back`.
 
     ``like`` is the weight: its memory order decides how axes are flattened.
     """
     if t.ndim == 3 and not flatten:
-        return list(t.unbind(0))
-    t = as_matrix(t, like)
+        return list(t.unbind(0)), None
+    matrix = as_matrix(t, like)
+    copy = None if is_view(matrix, t) else matrix
     if row_blocks == 1:
-        return [t]
-    return list(t.unflatten(0, (row_blocks, -1)).unbind(0))
+        return [matrix], copy
+    return list(matrix.unflatten(0, (row_blocks, -1)).unbind(0)), copy
+
+
+def flat(tensors: list[Tensor]) -> list[Tensor] | None:
+    """The tensors as single rows, all in one order of memory; None unless they are dense and lie alike."""
+    first = tensors[0]
+    strides = first.stride()
+    order = sorted(range(first.ndim), key=lambda d: (-strides[d], d))
+    rows = [t.permute(order) for t in tensors]
+    return [t.view(1, -1) for t in rows] if all(t.is_contiguous() for t in rows) else None
 
 
 def rank(m: int, n: int, rank_fraction: float, rank_multiple_of: int) -> int:

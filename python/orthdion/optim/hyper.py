@@ -24,7 +24,10 @@ FEEDBACK: dict[str, Callable[[float], tuple[float, float]]] = {
 }
 
 #: Keys that torch, its schedulers and our grouping put into groups.
-_FOREIGN = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "step", "name", "reasons"}
+_FOREIGN = {
+    *("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
+    *("step", "name", "oversample"),  # the last one is microsoft/dion's and means nothing here
+}
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..backends import BackendName, Reference, choose
+from ..backends import BackendName, Reference, choose, rust_core_error
 from ..sharding import Null
 from . import blocks, elementwise
 from .elementwise import Rule
@@ -126,6 +126,8 @@ class LowRankOptimizer(Optimizer):
     def _admit(self, group: dict[str, Any]) -> None:
         """Checks every parameter of a new group, then makes all their states."""
         group.setdefault("step", 0)
+        if len({id(p) for p in group["params"]}) < len(group["params"]):
+            raise ValueError("a group holds a parameter twice; pass each one once")
         index = sum(len(g["params"]) for g in self.param_groups[:-1])
         states = []
         for i, p in enumerate(group["params"]):
@@ -139,13 +141,37 @@ class LowRankOptimizer(Optimizer):
                 raise TypeError(f"{self._name(p)} is sparse; make it dense (embedding: sparse=False)")
             choose(self._backend, p.device, p.dtype)
             states.append(self._initial_state(p, group, index + i))
+        self._check_overlap()
         for p, state in zip(group["params"], states, strict=True):
             self.state[p] = state
+
+    def _check_overlap(self) -> None:
+        """Refuses parameters that share memory: one step would write over the other's."""
+        from ..backends.table import operands
+
+        if rust_core_error() is not None:
+            return
+        from .. import _core
+
+        views, names = [], []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.device.type == "cpu" and p.ndim > 0:
+                    matrix = p.detach()[None] if p.ndim == 1 else blocks.as_matrix(p.detach(), p)
+                    if blocks.is_view(matrix, p):
+                        views.append(matrix)
+                        names.append(p)
+        if (pair := _core.overlap(operands(*views)) if views else None) is not None:
+            a, b = (self._name(names[i]) for i in pair)
+            raise ValueError(
+                f"parameters {a} and {b} share memory; give the optimizer one of them, or the whole tensor"
+            )
 
     def _initial_state(self, p: Tensor, group: dict[str, Any], index: int) -> dict[str, Tensor]:
         momentum = torch.zeros_like(p, dtype=self._momentum_dtype, memory_format=torch.preserve_format)
         if group["algorithm"] == "adamw":
-            return {"momentum": momentum, "variance": torch.zeros_like(momentum)}
+            # Counted for each parameter, as torch does: one that first gets a gradient late needs its own correction.
+            return {"momentum": momentum, "variance": torch.zeros_like(momentum), "step": torch.zeros(())}
         if group["algorithm"] == "lion":
             return {"momentum": momentum}
         try:
@@ -187,9 +213,8 @@ class LowRankOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        for group in self.param_groups:
-            group["step"] += 1
         self._reports.clear()
+        copies: list[tuple[Tensor, Tensor, Tensor]] = []
         lowrank: dict[str, list[tuple[Tensor, Matrix, Options]]] = {}
         rest: dict[str, list[tuple[Tensor, tuple[Tensor, ...], Rule]]] = {}
         for group in self.param_groups:
@@ -197,12 +222,11 @@ class LowRankOptimizer(Optimizer):
                 o = self._options(group)
                 for p in _with_gradient(group):
                     jobs = lowrank.setdefault(choose(self._backend, p.device, p.dtype)[0], [])
-                    jobs.extend((p, matrix, o) for matrix in self._matrices(p, group))
+                    jobs.extend((p, matrix, o) for matrix in self._matrices(p, group, copies))
             else:
-                rule = _rule(group)
                 for p in _with_gradient(group):
                     tensors = rest.setdefault(choose(self._backend, p.device, p.dtype)[0], [])
-                    tensors.extend((p, views, rule) for views in self._pieces(p))
+                    tensors.append((p, self._views(p, copies), _rule(group, self.state[p])))
         for name, jobs in lowrank.items():
             reports = _lowrank(name, [(matrix, o) for _, matrix, o in jobs])
             for (p, _, _), report in zip(jobs, reports, strict=True):
@@ -211,12 +235,22 @@ class LowRankOptimizer(Optimizer):
             skipped = _elementwise(name, [(views, rule) for _, views, rule in tensors])
             for (p, _, _), skip in zip(tensors, skipped, strict=True):
                 self._reports.setdefault(p, []).append(Report(skip))
+                if not skip and "step" in self.state[p]:
+                    self.state[p]["step"] += 1
+        for t, matrix, like in copies:
+            blocks.write_back(t, matrix, like)
+        for group in self.param_groups:
+            group["step"] += 1
         self._count_skipped()
         return loss
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
+            unpack_betas(group)
             for p in _with_gradient(group):
+                for key, value in self.state[p].items():  # the model may have been moved after construction
+                    if key != "step" and value.device != p.device:
+                        self.state[p][key] = value.to(p.device)
                 g = p.grad
                 assert g is not None
                 if g.layout != torch.strided:
@@ -268,12 +302,14 @@ class LowRankOptimizer(Optimizer):
             completed if given[2] is None else given[2],
         )
 
-    def _matrices(self, p: Tensor, group: dict[str, Any]) -> list[Matrix]:
+    def _matrices(self, p: Tensor, group: dict[str, Any], copies: list[tuple[Tensor, Tensor, Tensor]]) -> list[Matrix]:
         state, how = self.state[p], (group["flatten"], group["row_blocks"])
         assert p.grad is not None
-        x = blocks.matrices(p, p, *how)
-        g = blocks.matrices(p.grad, p, *how)
-        m = blocks.matrices(state["momentum"], p, *how)
+        x, x_copy = blocks.matrices(p, p, *how)
+        g, _ = blocks.matrices(p.grad.resolve_neg(), p, *how)
+        m, m_copy = blocks.matrices(state["momentum"], p, *how)
+        made = ((p, x_copy), (state["momentum"], m_copy))
+        copies.extend((t, copy, p) for t, copy in made if copy is not None)
         q = [state["Q"]] if _single(p, group) else list(state["Q"].unbind(0))
         scale = (x[0].shape[0] / max(x[0].shape[1], 1)) ** 0.5 if x else 1.0
         result = []
@@ -283,18 +319,20 @@ class LowRankOptimizer(Optimizer):
             result.append(Matrix(xi, gi, mi, qi, scale))
         return result
 
-    def _pieces(self, p: Tensor) -> list[tuple[Tensor, ...]]:
-        """(X, G, M[, V]) as 2-D views: one row where all lie alike in memory, else matrices along leading axes."""
+    def _views(self, p: Tensor, copies: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        """(X, G, M[, V]) as 2-D views; what cannot be one is copied, to be written back."""
         state = self.state[p]
-        tensors = [p, p.grad, state["momentum"], *([state["variance"]] if "variance" in state else [])]
-        if all(t.is_contiguous() for t in tensors):
-            return [tuple(t.view(1, -1) for t in tensors)]
-        pieces = [tuple(tensors)]
-        while pieces and pieces[0][0].ndim > 2:
-            pieces = [sub for piece in pieces for sub in zip(*(t.unbind(0) for t in piece), strict=True)]
-        if pieces and pieces[0][0].ndim == 1:
-            pieces = [tuple(t[None] for t in piece) for piece in pieces]
-        return pieces
+        assert p.grad is not None
+        tensors = [p, p.grad.resolve_neg(), state["momentum"], *([state["variance"]] if "variance" in state else [])]
+        if (rows := blocks.flat(tensors)) is not None:
+            return tuple(rows)
+        if p.ndim <= 2:
+            return tuple(t if t.ndim == 2 else t.reshape(1, -1) if t.ndim == 0 else t[None] for t in tensors)
+        views = [blocks.as_matrix(t, p) for t in tensors]
+        for k, (t, view) in enumerate(zip(tensors, views, strict=True)):
+            if k != 1 and not blocks.is_view(view, t):
+                copies.append((t, view, p))
+        return tuple(views)
 
     def _count_skipped(self) -> None:
         for p, reports in self._reports.items():
@@ -302,7 +340,7 @@ class LowRankOptimizer(Optimizer):
                 name = self._name(p)
                 if not self.skipped_steps:
                     warnings.warn(
-                        f"the gradient or momentum of {name} holds NaN or infinity: it was not stepped. "
+                        f"the gradient or a state of {name} holds NaN or infinity: it was not stepped. "
                         "Further ones are counted in optimizer.skipped_steps",
                         stacklevel=4,
                     )
@@ -314,33 +352,61 @@ class LowRankOptimizer(Optimizer):
         """Loads a state, this library's or microsoft/dion's, keeping each state tensor's dtype to the bit.
 
         Raises:
-            ValueError: if groups or the shapes of states do not fit; then nothing has changed.
+            ValueError: if groups, algorithms or the shapes of states do not fit; then nothing has changed.
         """
-        own = [p for g in self.param_groups for p in g["params"]]
-        groups, states = state_dict["param_groups"], state_dict["state"]
+        state_dict = state_dict.copy()
+        pre, post = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        for before in pre.values():
+            state_dict = before(self, state_dict) or state_dict
+        groups = [self._merged(i, g) for i, g in enumerate(self._matching(state_dict["param_groups"]))]
+        own = [(p, g) for g in self.param_groups for p in g["params"]]
+        saved = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
+        steps = [g["step"] for g in groups for _ in g["params"]]
+        loaded = [self._fitted(p, g, s, n) for (p, g), s, n in zip(own, saved, steps, strict=True)]
+        # torch would cast states to the weights' dtype: it gets the groups only, and hooks run around all of it.
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        try:
+            super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        finally:
+            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = pre, post
+        for (p, _), state in zip(own, loaded, strict=True):
+            self.state[p] = state
+        for after in post.values():
+            after(self)
+
+    def _matching(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError("the loaded state has other parameter groups than this optimizer; build them alike first")
-        ids = [i for g in groups for i in g["params"]]
-        algorithms = [g for g in self.param_groups for _ in g["params"]]
-        loaded = [self._fitted(p, g, states.get(i, {})) for p, g, i in zip(own, algorithms, ids, strict=True)]
-        kept = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in self.param_groups]
-        super().load_state_dict({**state_dict, "state": {}})
-        for group, old in zip(self.param_groups, kept, strict=True):
-            unpack_betas(group)
-            for key, value in old.items():
-                group.setdefault(key, value)  # keys that the checkpoint's library does not have
-        for p, state in zip(own, loaded, strict=True):
-            self.state[p] = state
+        return groups
 
-    def _fitted(self, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Tensor]:
+    def _merged(self, index: int, saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved group, checked; keys that its library does not have keep this optimizer's values."""
+        own, saved = self.param_groups[index], dict(saved)
+        for key in ("algorithm", "flatten", "row_blocks"):
+            if key in saved and saved[key] != own[key]:
+                raise ValueError(
+                    f"the loaded group {index} has {key}={saved[key]!r}, this one {own[key]!r}; build them alike first"
+                )
+        unpack_betas(saved)
+        merged = {**{k: v for k, v in own.items() if k != "params"}, **saved}
+        check_group({k: v for k, v in merged.items() if k in self.defaults}, self.defaults)
+        return merged
+
+    def _fitted(self, p: Tensor, group: dict[str, Any], saved: dict[str, Any], step: int) -> dict[str, Tensor]:
         """The saved state on the parameter's device, in the dtypes configured here."""
-        current = self.state[p]
+        current: dict[str, Tensor] = self.state[p]
+        if not saved:  # an optimizer that makes states late has none for a parameter it never stepped
+            return current
+        saved = {"step": torch.tensor(float(step)), **saved}  # microsoft/dion counts steps a group
+        if missing := current.keys() - saved.keys():
+            raise ValueError(
+                f"the loaded state of {self._name(p)} has no {', '.join(sorted(missing))} (it has {', '.join(saved)}); "
+                "it is of another kind of optimizer"
+            )
         result = {}
         for key, tensor in current.items():
-            new = saved.get(key)
-            if new is None:  # an optimizer that makes states late has none for a parameter it never stepped
-                result[key] = tensor
-                continue
+            new = saved[key]
             fits = tuple(new.shape) == tuple(tensor.shape)
             if key == "Q" and not fits and new.ndim == tensor.ndim:
                 # Another rank is welcome, and so is Q on the matrix's other side.
@@ -401,7 +467,7 @@ def _single(p: Tensor, group: dict[str, Any]) -> bool:
     return not (p.ndim == 3 and not group["flatten"]) and group["row_blocks"] == 1
 
 
-def _rule(group: dict[str, Any]) -> Rule:
+def _rule(group: dict[str, Any], state: dict[str, Tensor]) -> Rule:
     return Rule(
         algorithm=group["algorithm"],
         lr=float(group["lr"]),
@@ -409,7 +475,7 @@ def _rule(group: dict[str, Any]) -> Rule:
         beta1=float(group["beta1"]),
         beta2=float(group["beta2"]),
         epsilon=float(group["epsilon"]),
-        step=group["step"],
+        step=1 + int(state["step"]) if "step" in state else 1,
         maximize=group["maximize"],
     )
 

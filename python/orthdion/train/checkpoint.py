@@ -44,7 +44,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"resume: {path} is no intact checkpoint ({type(e).__name__}); delete it and start without --resume"
         ) from e
-    if not isinstance(state, dict) or not {"step", "model", "optimizers", "config"} <= state.keys():
+    if not isinstance(state, dict) or not {"step", "model", "optimizers", "config", "text"} <= state.keys():
         raise ValueError(f"resume: {path} was not written by orthdion train; pass the folder of such a run")
     return state
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import checkpoint, data
 from .config import TrainConfig
+from .gpt import GPT
 from .loop import Progress, Result, train
-from .recipes import RECIPES
+from .recipes import RECIPES, build
 
 __all__ = ["best", "compare", "plot", "report"]
 
@@ -48,6 +51,9 @@ def compare(
     unknown = [name for name in optimizers if name not in RECIPES]
     if unknown or not optimizers:
         raise ValueError(f"optimizers must be some of {', '.join(RECIPES)}, not {', '.join(unknown) or 'none'}")
+    for name in optimizers:  # every mistake is found before the first run, not after hours of it
+        for lr in lrs or (None,):
+            build(GPT(2 * config.heads, 1, config.heads, 1), config.with_(optimizer=name, lr=lr))
     corpus = data.load(path, config.context)
     rates: Sequence[float | None] = lrs or [None]
     results = []
@@ -62,7 +68,7 @@ def compare(
             with watch(label) as progress:
                 results.append(train(run, corpus=corpus, out=folder, device=device, progress=progress))
     if out is not None:
-        text = json.dumps(report(results, corpus.source), indent=1)
+        text = json.dumps(finite(report(results, corpus.source)), indent=1, allow_nan=False)
         checkpoint.write_atomically(out / "comparison.json", lambda f: f.write(text.encode()))
         plot(results, out / "comparison.png")
     return results
@@ -73,9 +79,14 @@ def best(results: Sequence[Result]) -> list[Result]:
     chosen: dict[str, Result] = {}
     for r in results:
         held = chosen.setdefault(r.config.optimizer, r)
-        if r.validation_loss < held.validation_loss:
+        if _rank(r.validation_loss) < _rank(held.validation_loss):
             chosen[r.config.optimizer] = r
     return list(chosen.values())
+
+
+def _rank(loss: float) -> float:
+    """For comparisons: a run that diverged is behind every other."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def report(results: Sequence[Result], source: str) -> dict[str, object]:
@@ -86,6 +97,15 @@ def report(results: Sequence[Result], source: str) -> dict[str, object]:
         "text": source,
         "runs": [asdict(r) for r in results],
     }
+
+
+def finite(value: Any) -> Any:
+    """NaN and infinity as None, which JSON can say."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
@@ -101,9 +121,11 @@ def plot(results: Sequence[Result], path: Path) -> None:
         label = f"{r.config.optimizer}  {r.validation_loss:.3f}"
         axes[0].plot([row["step"] for row in r.history], losses, color=colour, label=label, linewidth=1.8)
         axes[1].plot([row["seconds"] for row in r.history], losses, color=colour, linewidth=1.8)
-    lowest = min(r.validation_loss for r in results)
-    highest = max(row["validation"] for r in results for row in r.history[:2] or r.history)
-    axes[0].set(xlabel="step", ylabel="validation loss, nats a byte", ylim=(lowest - 0.05, highest))
+    seen = [row["validation"] for r in results for row in r.history if math.isfinite(row["validation"])]
+    early = [row["validation"] for r in results for row in r.history[:2] if math.isfinite(row["validation"])]
+    axes[0].set(xlabel="step", ylabel="validation loss, nats a byte")
+    if seen:
+        axes[0].set_ylim(min(seen) - 0.05, max(early or seen) + 0.01)
     axes[1].set(xlabel="seconds of training")
     for axis in axes:
         axis.grid(alpha=0.25)

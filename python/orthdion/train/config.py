@@ -61,6 +61,10 @@ class TrainConfig:
                 f"width ({self.width}) must be a multiple of twice the heads ({self.heads}): "
                 "rotary positions need pairs"
             )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, not {self.seed!r}")
+        if not 0 < self.rank_fraction <= 1:
+            raise ValueError(f"rank_fraction must be in (0, 1], not {self.rank_fraction!r}")
         for name in ("scalar_lr", "weight_decay", "clip", "warmup"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):

@@ -66,6 +66,8 @@ def train(
         ValueError: unknown optimizer, no usable text, a damaged or different checkpoint.
     """
     corpus = corpus or data.load(path, config.context)
+    if config.lr is None and config.optimizer in RECIPES:
+        config = config.with_(lr=RECIPES[config.optimizer].lr)
     model = GPT(config.width, config.layers, config.heads, config.context, config.seed).to(device)
     optimizers = build(model, config)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
@@ -74,8 +76,12 @@ def train(
     if resume:
         if out is None:
             raise ValueError("resume needs out, the folder of the run to continue")
-        first = _restore(checkpoint.load(out / "checkpoint.pt"), config, model, optimizers)
+        first = _restore(checkpoint.load(out / "checkpoint.pt"), config, corpus, model, optimizers)
         rows = checkpoint.read_metrics(out / "metrics.jsonl", below=first)
+    elif out is not None:
+        for name in ("checkpoint.pt", "metrics.jsonl"):  # a later --resume must not find another run's
+            (out / name).unlink(missing_ok=True)
+    before_break = rows[-1]["seconds"] if rows else 0.0
     metrics = _Metrics(out, rows)
     inputs, targets = (t.to(device) for t in corpus.evaluation(config.eval_windows, config.context))
     spent = optimizer_time = 0.0
@@ -106,18 +112,18 @@ def train(
                     "loss": loss,
                     "validation": validation,
                     "lr": learning_rate(config, step),
-                    "seconds": spent,
+                    "seconds": before_break + spent,
                     "tokens_per_second": speed,
                 }
             )
         if out is not None and (done % config.checkpoint_every == 0 or done == config.steps):
-            state = {"step": done, "config": asdict(config), "model": model.state_dict()}
+            state = {"step": done, "config": asdict(config), "text": corpus.checksum(), "model": model.state_dict()}
             checkpoint.save(out / "checkpoint.pt", {**state, "optimizers": [o.state_dict() for o in optimizers]})
     steps = max(config.steps - first, 1)
     last = metrics.rows[-1] if metrics.rows else {"loss": loss, "validation": _evaluate(model, inputs, targets)}
     return Result(
         config=config,
-        lr=RECIPES[config.optimizer].lr if config.lr is None else config.lr,
+        lr=float("nan") if config.lr is None else config.lr,
         train_loss=last["loss"],
         validation_loss=last["validation"],
         tokens_per_second=steps * config.tokens_per_step / spent if spent else 0.0,
@@ -149,7 +155,9 @@ def _evaluate(model: GPT, inputs: Tensor, targets: Tensor, size: int = 64) -> fl
     return total / len(inputs)
 
 
-def _restore(state: dict[str, Any], config: TrainConfig, model: GPT, optimizers: list[Optimizer]) -> int:
+def _restore(
+    state: dict[str, Any], config: TrainConfig, corpus: data.Corpus, model: GPT, optimizers: list[Optimizer]
+) -> int:
     saved, wanted = state["config"], asdict(config)
     changed = [k for k in wanted if k not in ("eval_every", "checkpoint_every") and saved.get(k) != wanted[k]]
     if changed:
@@ -157,6 +165,8 @@ def _restore(state: dict[str, Any], config: TrainConfig, model: GPT, optimizers:
             "resume: the checkpoint is of another run, with "
             + ", ".join(f"{k}={saved.get(k)!r} (now {wanted[k]!r})" for k in changed)
         )
+    if state["text"] != corpus.checksum():
+        raise ValueError(f"resume: the checkpoint was trained on another text than {corpus.source}; pass its --data")
     model.load_state_dict(state["model"])
     for o, s in zip(optimizers, state["optimizers"], strict=True):
         o.load_state_dict(s)

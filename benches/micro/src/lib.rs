@@ -1,0 +1,1 @@
+//! Micro-benches of the core against the crates faer and gemm; see `benches/micro.rs`.
