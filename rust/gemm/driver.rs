@@ -66,8 +66,10 @@ impl<T: Real> Product<'_, '_, T> {
         };
         // Columns are independent, so any split gives the same bits; 24 is a multiple of every NR.
         let work = i as f64 * j as f64 * (self.lhs.depth + 8) as f64;
-        let threads = cx.threads.min(1 + (work / 1e5) as usize);
-        let share = j.div_ceil(threads).next_multiple_of(24);
+        let threads = cx.threads.min(1 + (work / 1e6) as usize);
+        // A triangle's columns cost unequally: smaller shares, taken as threads become free.
+        let shares = if self.region == Region::Upper { 4 * threads } else { threads };
+        let share = j.div_ceil(if threads > 1 { shares } else { 1 }).next_multiple_of(24);
         pool::for_each(threads, j.div_ceil(share), &|t| {
             cx.isa.run(Columns { body: &body, range: t * share..j.min((t + 1) * share) });
         });

@@ -7,6 +7,7 @@ all unsharded matrices into one call.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -29,6 +30,7 @@ def rust_core_error() -> str | None:
     return None
 
 
+@cache
 def choose(name: BackendName, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that serves tensors of this device and dtype, and the reason.
 

@@ -66,6 +66,8 @@ def matrices(t: Tensor, like: Tensor, flatten: bool | None, row_blocks: int) -> 
 
     ``like`` is the weight: its memory order decides how axes are flattened.
     """
+    if t.ndim == 2 and row_blocks == 1:
+        return [t], None
     if t.ndim == 3 and not flatten:
         return list(t.unbind(0)), None
     matrix = as_matrix(t, like)

@@ -78,6 +78,9 @@ RECIPES = {
     "orth-dion-completed": Recipe(
         "polar head, normalized tail, (0.95, 0.7)", 0.03, _family(OrthDion, tail="normalized")
     ),
+    "orth-dion-completed-bf16": Recipe(
+        "the same with bfloat16 products", 0.03, _family(OrthDion, tail="normalized", compute_dtype="bfloat16")
+    ),
     "orth-dion-linear": Recipe("polar head, linear tail, 6mnr flops", 0.02, _family(OrthDion, tail="linear")),
     "dion": Recipe("Dion as published: column, (1, 0.95)", 0.02, _family(Dion)),
     "muon": Recipe("torch.optim.Muon, full rank, and AdamW", 0.03, _muon),
