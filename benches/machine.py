@@ -31,9 +31,11 @@ class Machine:
     commit: str
 
     def floor(self, m: int, n: int, r: int, products: float = 8.0, rate: float | None = None) -> float:
-        """Milliseconds of ``products·mnr`` flops and of the Cholesky QRs of P and R: two double products each."""
-        flops = products * m * n * r
-        return 1e-6 * (flops / (rate or self.float32) + 2.0 * (m + n) * r * r / self.float64)
+        """Milliseconds of ``products·mnr`` flops and of the Cholesky QRs of P and R, two double products each; or of
+        nine passes over a float32 matrix (M and G twice, X and M read and written, G), if those take longer.
+        """
+        work = products * m * n * r / (rate or self.float32) + 2.0 * (m + n) * r * r / self.float64
+        return 1e-6 * max(work, 9 * 4 * m * n / self.copy)
 
 
 def _processor() -> str:

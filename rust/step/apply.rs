@@ -251,36 +251,44 @@ impl<T: Real> Kernel for Normalize<'_, T> {
         };
         // SAFETY: `t` is a dense scratch panel of element type `T`, in one of the two orders, exclusive to this call.
         let data = unsafe { std::slice::from_raw_parts_mut(t.ptr.cast::<T>().cast_mut(), t.rows * t.cols) };
+        let mut inverse = Scratch::<T>::new(columns.len());
+        for (i, c) in inverse.iter_mut().zip(columns) {
+            *i = T::of(*c);
+        }
         if t.cs == 1 {
+            // Sums of a row's squares in 32 partial sums of the working precision, joined in double.
+            const LANES: usize = 32;
             for (row, b) in data.chunks_exact_mut(t.cols).zip(rows) {
-                let (mut raw, mut scaled) = ([0.0f64; 8], [0.0f64; 8]);
-                for (chunk, c) in row.chunks_mut(8).zip(columns.chunks(8)) {
-                    for (l, (x, c)) in chunk.iter_mut().zip(c).enumerate() {
-                        let v = x.f64();
+                let (mut raw, mut scaled) = ([T::default(); LANES], [T::default(); LANES]);
+                for (chunk, c) in row.chunks_mut(LANES).zip(inverse.chunks(LANES)) {
+                    for l in 0..chunk.len() {
+                        let v = chunk[l];
+                        let s = v * c[l];
                         raw[l] += v * v;
-                        scaled[l] += (v * c) * (v * c);
-                        *x = T::of(v * c);
+                        scaled[l] += s * s;
+                        chunk[l] = s;
                     }
                 }
-                let w = T::of(weight(raw.iter().sum(), scaled.iter().sum(), *b));
+                let sum = |x: [T; LANES]| x.into_iter().map(T::f64).sum::<f64>();
+                let w = T::of(weight(sum(raw), sum(scaled), *b));
                 for x in row {
                     *x = *x * w;
                 }
             }
         } else {
-            let mut raw = Scratch::<f64>::zeros(t.rows);
-            let mut scaled = Scratch::<f64>::zeros(t.rows);
-            for (column, c) in data.chunks_exact_mut(t.rows).zip(columns) {
+            let mut raw = Scratch::<T>::zeros(t.rows);
+            let mut scaled = Scratch::<T>::zeros(t.rows);
+            for (column, c) in data.chunks_exact_mut(t.rows).zip(inverse.iter()) {
                 for ((x, raw), scaled) in column.iter_mut().zip(raw.iter_mut()).zip(scaled.iter_mut()) {
-                    let v = x.f64();
-                    *raw += v * v;
-                    *scaled += (v * c) * (v * c);
-                    *x = T::of(v * c);
+                    let s = *x * *c;
+                    *raw += *x * *x;
+                    *scaled += s * s;
+                    *x = s;
                 }
             }
             let mut weights = Scratch::<T>::new(t.rows);
             for (i, w) in weights.iter_mut().enumerate() {
-                *w = T::of(weight(raw[i], scaled[i], rows[i]));
+                *w = T::of(weight(raw[i].f64(), scaled[i].f64(), rows[i]));
             }
             for column in data.chunks_exact_mut(t.rows) {
                 for (x, w) in column.iter_mut().zip(weights.iter()) {
