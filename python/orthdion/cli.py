@@ -14,6 +14,7 @@ from typing import Annotated, Any
 try:
     import matplotlib  # noqa: F401
     import typer
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
@@ -38,8 +39,24 @@ Preset = Annotated[str, typer.Option(help=f"Sizes to start from: {', '.join(PRES
 Data = Annotated[Path | None, typer.Option(help="A text file or a folder; the standard library's sources if left out.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for checkpoints, metrics and plots.")]
 Device = Annotated[str, typer.Option(help="Torch device; 'auto' takes a GPU if there is one.")]
-Whole = Annotated[int | None, typer.Option(show_default=False)]
-Number = Annotated[float | None, typer.Option(show_default=False)]
+ScalarLr = Annotated[float | None, typer.Option(help="Rate of AdamW on what is no hidden matrix.", show_default=False)]
+Lr = Annotated[float | None, typer.Option(help="Learning rate; the recipe's own if left out.", show_default=False)]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", show_default=False)]
+Width = Annotated[
+    int | None, typer.Option(help="Of the residual stream; a multiple of twice the heads.", show_default=False)
+]
+Layers = Annotated[int | None, typer.Option(help="Transformer blocks.", show_default=False)]
+Heads = Annotated[int | None, typer.Option(help="Attention heads.", show_default=False)]
+Context = Annotated[int | None, typer.Option(help="Bytes in a sequence.", show_default=False)]
+Batch = Annotated[int | None, typer.Option(help="Sequences in a micro-batch.", show_default=False)]
+Accumulate = Annotated[int | None, typer.Option(help="Micro-batches in a step.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Of weights, batches and starts.", show_default=False)]
+RankFraction = Annotated[float | None, typer.Option(help="Rank over the smaller side, in (0, 1].", show_default=False)]
+WeightDecay = Annotated[float | None, typer.Option(help="Decoupled decay.", show_default=False)]
+Clip = Annotated[float | None, typer.Option(help="Largest gradient norm; 0 is none.", show_default=False)]
+Warmup = Annotated[float | None, typer.Option(help="Share of the steps that the rate rises over.", show_default=False)]
+EvalEvery = Annotated[int | None, typer.Option(help="Steps between evaluations.", show_default=False)]
+CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.", show_default=False)]
 
 
 def _config(changes: dict[str, Any]) -> TrainConfig:
@@ -83,8 +100,9 @@ def _watch(label: str, steps: int) -> Iterator[Report]:
 
 
 def _print(results: list[Result]) -> None:
-    names = ("optimizer", "rate", "validation loss", "training loss", "tokens/s", "optimizer ms/step", "state MB")
-    table = Table(title="nats a byte, lower is better")
+    names = ("optimizer", "rate", "validation", "tokens/s", "ms/step", "state MB")
+    title = "validation loss in nats a byte; ms/step is the optimizer's part"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     for name in names:
         table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=name == "optimizer")
     lowest = min((r.validation_loss for r in results if math.isfinite(r.validation_loss)), default=None)
@@ -92,7 +110,6 @@ def _print(results: list[Result]) -> None:
         style = "bold" if r.validation_loss == lowest else None
         cells = (
             f"{r.validation_loss:.4f}",
-            f"{r.train_loss:.4f}",
             f"{r.tokens_per_second:,.0f}",
             f"{r.optimizer_ms:.2f}",
         )
@@ -107,27 +124,27 @@ def _print(results: list[Result]) -> None:
 def train(
     preset: Preset = "demo",
     optimizer: Annotated[str, typer.Option(help="A recipe; see `orthdion recipes`.")] = "orth-dion-completed",
-    lr: Number = None,
-    scalar_lr: Number = None,
+    lr: Lr = None,
+    scalar_lr: ScalarLr = None,
     data: Data = None,
     out: Out = Path("runs/train"),
     resume: Annotated[bool, typer.Option(help="Continue the run in --out, bit for bit.")] = False,
     device: Device = "auto",
-    steps: Whole = None,
-    width: Whole = None,
-    layers: Whole = None,
-    heads: Whole = None,
-    context: Whole = None,
-    batch: Whole = None,
-    accumulate: Whole = None,
-    seed: Whole = None,
-    rank_fraction: Number = None,
-    weight_decay: Number = None,
-    clip: Number = None,
-    warmup: Number = None,
+    steps: Steps = None,
+    width: Width = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    context: Context = None,
+    batch: Batch = None,
+    accumulate: Accumulate = None,
+    seed: Seed = None,
+    rank_fraction: RankFraction = None,
+    weight_decay: WeightDecay = None,
+    clip: Clip = None,
+    warmup: Warmup = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant.", show_default=False)] = None,
-    eval_every: Whole = None,
-    checkpoint_every: Whole = None,
+    eval_every: EvalEvery = None,
+    checkpoint_every: CheckpointEvery = None,
 ) -> None:
     """Train a small GPT on real text. Options left out are the preset's."""
     from .train import train as run
@@ -152,22 +169,22 @@ def compare(
     lrs: Annotated[
         str | None, typer.Option(help="Rates to sweep for each, separated by commas; each recipe's own if left out.")
     ] = None,
-    scalar_lr: Number = None,
+    scalar_lr: ScalarLr = None,
     data: Data = None,
     out: Out = Path("runs/compare"),
     device: Device = "auto",
-    steps: Whole = None,
-    width: Whole = None,
-    layers: Whole = None,
-    heads: Whole = None,
-    context: Whole = None,
-    batch: Whole = None,
-    accumulate: Whole = None,
-    seed: Whole = None,
-    rank_fraction: Number = None,
-    weight_decay: Number = None,
-    clip: Number = None,
-    eval_every: Whole = None,
+    steps: Steps = None,
+    width: Width = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    context: Context = None,
+    batch: Batch = None,
+    accumulate: Accumulate = None,
+    seed: Seed = None,
+    rank_fraction: RankFraction = None,
+    weight_decay: WeightDecay = None,
+    clip: Clip = None,
+    eval_every: EvalEvery = None,
 ) -> None:
     """Train with several optimizers from the same start on the same batches, and show the curves."""
     from .train.compare import best
