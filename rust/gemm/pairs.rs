@@ -309,10 +309,12 @@ mod x86 {
 
     /// AMX with bfloat16, and Linux's leave to use its registers (given to the whole process, once).
     fn amx_available() -> bool {
-        if !cfg!(target_os = "linux") || !is_x86_feature_detected!("avx512f") || __cpuid(0).eax < 7 {
+        if !cfg!(target_os = "linux") || !is_x86_feature_detected!("avx512f") {
             return false;
         }
-        let edx = __cpuid_count(7, 0).edx;
+        // SAFETY: every x86-64 processor has CPUID, and one with AVX-512 has leaf 7. (Safe since Rust 1.94.)
+        #[allow(unused_unsafe)]
+        let edx = unsafe { __cpuid_count(7, 0).edx };
         let (bf16, tile) = (edx >> 22 & 1, edx >> 24 & 1);
         if bf16 == 0 || tile == 0 {
             return false;

@@ -475,4 +475,6 @@ pub fn power_iteration<T: Real>(
 }
 
 #[cfg(test)]
+mod oracle;
+#[cfg(test)]
 mod tests;

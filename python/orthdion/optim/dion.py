@@ -19,7 +19,7 @@ class Dion(LowRankOptimizer):
     load. Its settings of its own QR have no counterpart here, its mixed precision is ``momentum_dtype`` and
     ``q_dtype``. ε is relative to the largest column, so that the step does not depend on the gradient's scale. The
     keyword-only arguments are those of :class:`orthdion.OrthDion`; here ``right_factor`` defaults to "column",
-    ``feedback`` to "dion" and ``rank_fraction`` to 1. Errors as there.
+    ``feedback`` to "dion" and ``rank_fraction`` to 1, as there. Errors as there.
     """
 
     _published = ("column", "dion")

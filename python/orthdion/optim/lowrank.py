@@ -28,6 +28,8 @@ class LowRankOptimizer(Optimizer):
 
     #: ``(right_factor, feedback)`` for ``tail="feedback"``.
     _published: tuple[str, Any] = ("qr", "orth-dion")
+    #: What ``rank_fraction=None`` stands for.
+    _rank_fraction = 1.0
 
     def __init__(
         self,
@@ -36,7 +38,7 @@ class LowRankOptimizer(Optimizer):
         outer_shard_mesh: Any = None,
         inner_shard_mesh: Any = None,
         replicate_mesh_grad_sync: bool = True,
-        rank_fraction: float = 1.0,
+        rank_fraction: float | None = None,
         rank_multiple_of: int = 1,
         lr: float | Tensor = 0.01,
         mu: float = 0.95,
@@ -81,7 +83,7 @@ class LowRankOptimizer(Optimizer):
             **given,
             weight_decay=weight_decay,
             epsilon=epsilon,
-            rank_fraction=rank_fraction,
+            rank_fraction=self._rank_fraction if rank_fraction is None else rank_fraction,
             rank_multiple_of=rank_multiple_of,
             right_factor=right_factor,
             feedback=feedback,

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
-
-from ..backends import BackendName
 from .lowrank import LowRankOptimizer
 
 __all__ = ["OrthDion"]
@@ -41,7 +34,7 @@ class OrthDion(LowRankOptimizer):
             is one matrix) and ``row_blocks`` (a fused QKV weight has 3).
         replicate_mesh, outer_shard_mesh, inner_shard_mesh, replicate_mesh_grad_sync: as in microsoft/dion; this
             version runs in one process and refuses them.
-        rank_fraction: r over min(m, n), in (0, 1].
+        rank_fraction: r over min(m, n), in (0, 1]. None: 1/4.
         rank_multiple_of: r is rounded up to a multiple of this.
         lr: η, the same for all widths; for AdamW and Lion groups the plain learning rate. A tensor is read at each
         step.
@@ -75,58 +68,4 @@ class OrthDion(LowRankOptimizer):
     """
 
     _published = ("qr", "orth-dion")
-
-    def __init__(
-        self,
-        params: ParamsT,
-        replicate_mesh: Any = None,
-        outer_shard_mesh: Any = None,
-        inner_shard_mesh: Any = None,
-        replicate_mesh_grad_sync: bool = True,
-        rank_fraction: float = 0.25,
-        rank_multiple_of: int = 1,
-        lr: float | Tensor = 0.01,
-        mu: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.01,
-        epsilon: float = 1e-8,
-        *,
-        right_factor: str | None = None,
-        feedback: str | tuple[float, float] | None = None,
-        tail: str = "feedback",
-        tail_scale: float = 2.0,
-        nesterov: bool | None = None,
-        maximize: bool = False,
-        seed: int = 0,
-        momentum_dtype: torch.dtype | None = None,
-        q_dtype: torch.dtype | None = None,
-        compute_dtype: torch.dtype | str | None = None,
-        backend: BackendName = "auto",
-        diagnostics: bool = False,
-    ) -> None:
-        super().__init__(
-            params,
-            replicate_mesh,
-            outer_shard_mesh,
-            inner_shard_mesh,
-            replicate_mesh_grad_sync,
-            rank_fraction,
-            rank_multiple_of,
-            lr,
-            mu,
-            betas,
-            weight_decay,
-            epsilon,
-            right_factor=right_factor,
-            feedback=feedback,
-            tail=tail,
-            tail_scale=tail_scale,
-            nesterov=nesterov,
-            maximize=maximize,
-            seed=seed,
-            momentum_dtype=momentum_dtype,
-            q_dtype=q_dtype,
-            compute_dtype=compute_dtype,
-            backend=backend,
-            diagnostics=diagnostics,
-        )
+    _rank_fraction = 0.25
