@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,8 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from orthdion.train.compare import finite
 
 from .machine import Machine, measure
 from .parts import FORMS, PARTS, Row
@@ -63,7 +66,7 @@ def _table(name: str, rows: list[Row]) -> Table:
             f"{r.sample.median:.2f}",
             f"{r.sample.low:.2f}–{r.sample.high:.2f}",
             over,
-            f"{r.ratio:.2f}",
+            "" if math.isnan(r.ratio) else f"{r.ratio:.2f}",
             r.peer,
             r.note,
         )
@@ -73,7 +76,8 @@ def _table(name: str, rows: list[Row]) -> Table:
 
 
 def _write(machine: Machine, rows: list[Row], out: Path) -> None:
-    text = json.dumps({"machine": asdict(machine), "rows": [asdict(r) for r in rows]}, indent=1, ensure_ascii=False)
+    figures = finite({"machine": asdict(machine), "rows": [asdict(r) for r in rows]})
+    text = json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False)
     (out / "bench.json").write_text(text)
     steps = [r for r in rows if r.part == "step" and r.sample.count]
     if not steps:

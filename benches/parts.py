@@ -4,11 +4,11 @@ to.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -212,22 +212,29 @@ def scaling(machine: Machine, seconds: float) -> Iterator[Row]:
         yield from _rows("scaling", f"GPT block {width}, r = {r}", samples, peer, floors)
 
 
-def memory(machine: Machine, seconds: float) -> Iterator[Row]:
-    """Resident memory that a step adds beyond weights, gradients and states, after the first one."""
+def _peak(name: str) -> tuple[float, Sample]:
+    """MiB that steps add to the peak of a fresh process beyond weights, gradients and states, and their times."""
     import resource
 
-    for name, (options, _) in FORMS.items():
-        optimizer = orthdion.OrthDion(_parameters([(4096, 4096)]), rank_fraction=1 / 16, **options)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        sample = alternate({name: optimizer.step}, 0.0, least=3)[name]
-        added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    optimizer = orthdion.OrthDion(_parameters([(4096, 4096)]), rank_fraction=1 / 16, **FORMS[name][0])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sample = alternate({name: optimizer.step}, 0.0, least=3)[name]
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, sample
+
+
+def memory(machine: Machine, seconds: float) -> Iterator[Row]:
+    """Resident memory that a step adds; a process for each form, as a peak only ever rises."""
+    for name, (_, flops) in FORMS.items():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            added, sample = pool.apply(_peak, (name,))
         note = f"{added:.0f} MiB added to the peak; the matrix has 64"
-        floor = machine.floor(4096, 4096, 256, FORMS[name][1])
-        yield Row("memory", "4096×4096, r = 256", name, sample, floor, name, float(np.float64(1.0)), note)
+        rate = machine.bfloat16 if "bfloat16" in name else None
+        floor = machine.floor(4096, 4096, 256, flops, rate)
+        yield Row("memory", "4096×4096, r = 256", name, sample, floor, "", float("nan"), note)
 
 
 PARTS: dict[str, Callable[[Machine, float], Iterator[Row]]] = {
-    "memory": memory,  # first: the peak only ever rises
+    "memory": memory,
     "products": products,
     "factorisations": factorisations,
     "step": step,
