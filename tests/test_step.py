@@ -11,7 +11,7 @@ from oracles import dion_step, orth, parameter, randn, with_spectrum
 import orthdion
 from orthdion.backends import Reference
 from orthdion.optim.step import Matrix, step
-from orthdion.sharding import Null
+from orthdion.sharding import Communicator
 
 RIGHTS = ("qr", "column", "polar")
 TAILS = ("feedback", "linear", "normalized")
@@ -73,7 +73,7 @@ def test_single_precision_equals_the_double_oracle_to_rounding(options):
         views = [t.T if flip else t for t in (x, g, m)]
         scale = (x.shape[0] / x.shape[1]) ** 0.5
         settings_ = o._options(o.param_groups[0])
-        step([(Matrix(*views, q, scale), settings_)], Reference(unit=2.0**-24), Null())
+        step([(Matrix(*views, q, scale, tuple(views[0].shape)), settings_)], Reference(unit=2.0**-24), Communicator())
         momenta.append(m)
     oracle = (params, momenta)
     assert distance(ours[:2], oracle) < 5e-6

@@ -7,11 +7,15 @@ are those of the documentation's algorithms.md.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-__all__ = ["Reference", "complete", "orthonormalize", "polar", "unit_roundoff"]
+if TYPE_CHECKING:
+    from ..optim.step import Options, Tail
+
+__all__ = ["Job", "Reference", "complete", "orthonormalize", "polar", "unit_roundoff"]
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -68,20 +72,24 @@ def polar(r: Tensor, tol: float) -> tuple[Tensor, Tensor]:
 
 
 def complete(v: Tensor, null: Tensor, old: Tensor) -> Tensor:
-    """V with its null columns filled from ``old``'s, orthonormal to the rest; unit vectors where those fail."""
-    v = _double(v).clone()
+    """V with its null columns filled from ``old``'s, orthonormal to the rest.
+
+    Where such a column lies in V's span, the column of ``old`` with the largest remainder serves: ``old`` has r
+    independent ones and V fewer. So the result is the same in every orthonormal basis that both are written in.
+    """
+    v, old = _double(v).clone(), _double(old)
     index = null.nonzero().flatten()
-    w = _double(old)[:, index]
+    w = old[:, index]
     for _ in range(2):
         w = w - v @ (v.T @ w)
     w, missing = _gram_schmidt(w, torch.tensor(1e-3))
     v[:, index] = w
     for j in index[missing].tolist():
-        e = torch.zeros(v.shape[0], dtype=v.dtype, device=v.device)
-        e[(v * v).sum(dim=1).argmin()] = 1.0
-        for _ in range(2):
-            e = e - v @ (v.T @ e)
-        v[:, j] = e / e.norm()
+        rest = old - v @ (v.T @ old)
+        e = rest[:, rest.square().sum(0).argmax()]
+        e = e / e.norm().clamp_min(1e-300)
+        e = e - v @ (v.T @ e)
+        v[:, j] = e / e.norm().clamp_min(1e-300)
     return v
 
 
@@ -98,7 +106,7 @@ class Reference:
 
     def rounding(self, half: bool) -> Reference:
         """The same, with operands of single-precision products rounded to bfloat16 if ``half``."""
-        return Reference(self._dtype, self._unit, half)
+        return type(self)(self._dtype, self._unit, half)
 
     def _operand(self, t: Tensor) -> Tensor:
         return t.bfloat16().to(t.dtype) if self._half and t.dtype == torch.float32 else t
@@ -112,6 +120,10 @@ class Reference:
         """The roundoff that thresholds are multiples of."""
         return self._unit if self._unit is not None else unit_roundoff(t.dtype)
 
+    def gate(self, t: Tensor) -> tuple[float, float]:
+        """Condition numbers up to which one Cholesky QR, and two, are as good as a Householder QR (section 4)."""
+        return math.sqrt(self.unit(t) / 2.0**-53) / 8.0, 1e6
+
     def noise(self, t: Tensor) -> tuple[float, float, float, float]:
         """What is rounding noise: a direction of B·Q, and of R, relative to the largest; and the tail's share of B's
         energy, in all and in a row or column, where it fades out.
@@ -121,43 +133,30 @@ class Reference:
         unit = self.unit(t)
         return 64.0 * unit, 64.0 * unit, 16.0 * unit, math.sqrt(unit) / 16.0
 
-    def scale(self, b: Tensor) -> float:
-        """A power of two that brings B's largest entry near 1; 1 where squares are safe anyway. NaN if B is not
-        finite.
-        """
-        largest = float(b.abs().amax()) if b.numel() else 0.0
-        if not math.isfinite(largest):
-            return math.nan
-        safe = 1e12 if b.dtype == torch.float32 else 1e100
-        if largest == 0.0 or 1.0 / safe < largest < safe:
-            return 1.0
-        return math.ldexp(1.0, -math.floor(math.log2(largest)))
+    def safe(self, t: Tensor) -> float:
+        """B's largest entry, and its inverse, may have this size before squares lose digits."""
+        return 1e12 if t.dtype == torch.float32 else 1e100
 
-    def project(self, b: Tensor, q: Tensor) -> Tensor:
-        """``B Q``"""
-        return self._operand(b) @ self._operand(q.to(b.dtype))
+    def open(self, x: Tensor, g: Tensor, m: Tensor, q: Tensor, o: Options) -> Job:
+        """A step's large operands: reads of B, and the write at the end."""
+        return Job(self, x, g, m, q, o)
 
-    def project_back(self, b: Tensor, p: Tensor) -> Tensor:
-        """``Bᵀ P``"""
-        return self._operand(b).T @ self._operand(p)
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``A B``"""
+        return self._operand(a) @ self._operand(b)
 
-    def outer(self, p: Tensor, v: Tensor) -> Tensor:
-        """``P Vᵀ``"""
-        return self._operand(p) @ self._operand(v).T
+    def orthonormalize(self, a: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+        """``orth(A)`` and its null directions (section 4)."""
+        return orthonormalize(a, tol)
 
-    def orthonormalize(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """``orth(P)`` and its null directions."""
-        return orthonormalize(p, self.noise(p)[0])
+    def polar(self, a: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+        """``A (AᵀA)^(−1/2)`` and the null directions."""
+        return polar(a, tol)
 
-    def right_factor(self, kind: str, r: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """V and the null directions of R (section 2)."""
-        tol = self.noise(r)[1]
-        if kind == "qr":
-            return orthonormalize(r, tol)
-        if kind == "polar":
-            return polar(r, tol)
-        norms = _double(r).norm(dim=0)
-        largest = norms.amax() if norms.numel() else norms.new_zeros(())
+    def columns(self, r: Tensor, energies: Tensor, tol: float, epsilon: float) -> tuple[Tensor, Tensor]:
+        """R with unit columns, from the sums of their squares, and which are null (section 2)."""
+        norms = energies.sqrt()
+        largest = norms.amax()
         null = norms <= tol * largest
         scale = torch.where(null, 0.0, 1.0 / (norms + epsilon * largest).clamp_min(1e-300))
         return (_double(r) * scale).to(r.dtype), null
@@ -174,27 +173,68 @@ class Reference:
             v, null = _gram_schmidt(_double(v), torch.tensor(1e-3) * _double(v).norm(dim=0).amax())
         return complete(v, null, old)
 
-    def direction(self, kind: str, b: Tensor, p: Tensor, r: Tensor, v: Tensor, tail_scale: float) -> Tensor:
-        """``D = P Vᵀ + tail`` (section 3b)."""
-        m, n = b.shape
-        spare = min(m, n) - r.shape[1]
-        _, _, least, fade = self.noise(b)
-        energy, captured = (_double(x).square().sum() for x in (b, r))
-        if kind == "feedback" or spare == 0 or energy - captured <= least * energy:
-            return self.outer(p, v)
-        weight = tail_scale * math.sqrt(spare)
-        if kind == "linear":
-            alpha = weight / float((energy - captured).sqrt())
-            return self.outer(p, v - alpha * r) + alpha * b
-        return self.outer(p, v) + weight * self._normalized(b, b - self.outer(p, r), r, fade)
 
-    @staticmethod
-    def _normalized(b: Tensor, t: Tensor, r: Tensor, fade: float) -> Tensor:
-        """``N(T)/‖N(T)‖``: columns, whose norms P's orthonormality gives, then rows."""
-        columns, rows = _double(b).square().sum(0), _double(b).square().sum(1)
-        norms = torch.maximum(columns - _double(r).square().sum(1), fade * columns).sqrt()
-        scaled = _double(t) * torch.where(norms > 0, 1.0 / norms.clamp_min(1e-300), 0.0)
-        weights = (_double(t).square().sum(1) / (fade * rows).clamp_min(1e-300)).clamp_max(1.0).sqrt()
-        norms = scaled.norm(dim=1)
-        weights = torch.where(norms > 0, weights / norms.clamp_min(1e-300), 0.0)
-        return (scaled * weights[:, None]).to(b.dtype) / math.sqrt(int((rows > 0).sum()))
+class Job:
+    """The large operands of one step: B = M⁺ or κM⁺ + G, scaled by a power of two ``size``, and the weights."""
+
+    def __init__(self, be: Reference, x: Tensor, g: Tensor, m: Tensor, q: Tensor, o: Options) -> None:
+        self._be, self._o, self._targets = be, o, (x, m, q)
+        dtype = be.working(x).dtype
+        self.old, g, m = (be.working(t).to(dtype) for t in (q, g, m))
+        if o.maximize:
+            g = -g
+        self._plus = m + g
+        self._b = self._plus if o.kappa is None else o.kappa * self._plus + g
+        self.size = 1.0
+
+    def sketch(self) -> Tensor:
+        """``B Q`` (m, r)"""
+        return self._be.product(self._b, self.old)
+
+    def entry(self) -> Tensor:
+        """Max |B|, infinite if B is not finite; a double."""
+        largest = _double(self._b.abs().amax()) if self._b.numel() else self._b.new_zeros((), dtype=torch.float64)
+        return torch.where(largest.isfinite(), largest, math.inf)
+
+    def rescale(self, size: float) -> None:
+        """Multiplies B by a power of two."""
+        self._b, self.size = self._b * size, size
+
+    def back(self, p: Tensor) -> Tensor:
+        """``Bᵀ P`` (n, r)"""
+        return self._be.product(self._b.T, p)
+
+    def captured(self, p: Tensor) -> Tensor:
+        """``size·M⁺ᵀ P`` (n, r)"""
+        return self._be.product(self._plus.T, p) * self.size
+
+    def energies(self) -> tuple[Tensor, Tensor]:
+        """Sums of B's squares along each row (m,) and down each column (n,)."""
+        squares = _double(self._b).square()
+        return squares.sum(1), squares.sum(0)
+
+    def tail_rows(self, p: Tensor, r: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of squares along each row of T = B − P Rᵀ, and of T with its columns scaled."""
+        t = _double(self._b - self._be.product(p, r.T))
+        return t.square().sum(1), (t * columns).square().sum(1)
+
+    def write(self, p: Tensor, r: Tensor, v: Tensor, w: Tensor, scale: float, tail: Tail) -> None:
+        """``X ← (1 − ηλ)X − η·scale·D`` and ``M ← a·M⁺ − (a − b)·P Wᵀ/size``, in place."""
+        x, m, _ = self._targets
+        o, be = self._o, self._be
+        if tail.alpha is not None:
+            d = be.product(p, (v - tail.alpha * r).T) + tail.alpha * self._b
+        else:
+            d = be.product(p, v.T)
+            if tail.columns is not None and tail.rows is not None:
+                t = _double(self._b - be.product(p, r.T)) * tail.columns
+                d = d + (t * tail.rows[:, None]).to(d.dtype)
+        plus = o.a * self._plus
+        if o.a != o.b:
+            plus = plus - (o.a - o.b) / self.size * be.product(p, w.T)
+        x.copy_((1.0 - o.lr * o.weight_decay) * be.working(x) - o.lr * scale * d)
+        m.copy_(plus)
+
+    def keep(self, q: Tensor) -> None:
+        """Stores the next step's Q."""
+        self._targets[2].copy_(q)

@@ -13,9 +13,10 @@ from orthdion import _core
 
 from ..optim.elementwise import Rule
 from ..optim.step import Matrix, Options, Report
-from .table import describe
+from .reference import Reference
+from .table import describe, operands
 
-__all__ = ["elementwise_step", "lowrank_step"]
+__all__ = ["Rust", "elementwise_step", "lowrank_step"]
 
 _RIGHT = {"qr": 0, "column": 1, "polar": 2}
 _TAIL = {"feedback": 0, "linear": 1, "normalized": 2}
@@ -97,3 +98,23 @@ def elementwise_step(tensors: Sequence[tuple[tuple[Tensor, ...], Rule]]) -> list
 def _bump(tensors: list[Tensor]) -> None:
     """Tells autograd that these were written: a graph that still needs their old values must notice."""
     torch.autograd.graph.increment_version(tensors)
+
+
+class Rust(Reference):
+    """The primitives for matrices that lie on several ranks: factorisations by the core."""
+
+    name = "rust"
+
+    def orthonormalize(self, a: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+        """``orth(A)`` and its null directions (section 4)."""
+        return _factor(a, tol, polar=False)
+
+    def polar(self, a: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+        """``A (AᵀA)^(−1/2)`` and the null directions."""
+        return _factor(a, tol, polar=True)
+
+
+def _factor(a: Tensor, tol: float, polar: bool) -> tuple[Tensor, Tensor]:
+    v, double = torch.empty_like(a, memory_format=torch.contiguous_format), a.dtype == torch.float64
+    null, _ = _core.factor(operands(a, v), np.zeros((a.shape[1],) * 2), polar, tol, double, torch.get_num_threads())
+    return v, torch.tensor(null)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linalg import qr
 
-__all__ = ["as_matrix", "flat", "is_view", "matrices", "matrix_shape", "rank", "start", "write_back"]
+__all__ = ["as_matrix", "flat", "is_view", "matrix_shape", "rank", "start", "write_back"]
 
 
 def matrix_shape(shape: torch.Size, flatten: bool | None, row_blocks: int) -> tuple[int, int, int]:
@@ -58,23 +58,6 @@ def write_back(t: Tensor, matrix: Tensor, like: Tensor) -> None:
     """Copies :func:`as_matrix`'s result, where that had to be a copy, into the tensor that it was made from."""
     target = t.permute(0, *_column_order(like))
     target.copy_(matrix.view(target.shape))
-
-
-def matrices(t: Tensor, like: Tensor, flatten: bool | None, row_blocks: int) -> tuple[list[Tensor], Tensor | None]:
-    """The matrices of a weight, gradient or momentum, as 2-D views; and, where strides allow no view, the copy that
-    they are views of, for :func:`write_back`.
-
-    ``like`` is the weight: its memory order decides how axes are flattened.
-    """
-    if t.ndim == 2 and row_blocks == 1:
-        return [t], None
-    if t.ndim == 3 and not flatten:
-        return list(t.unbind(0)), None
-    matrix = as_matrix(t, like)
-    copy = None if is_view(matrix, t) else matrix
-    if row_blocks == 1:
-        return [matrix], copy
-    return list(matrix.unflatten(0, (row_blocks, -1)).unbind(0)), copy
 
 
 def flat(tensors: list[Tensor]) -> list[Tensor] | None:

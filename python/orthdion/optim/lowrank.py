@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
+from .._text import table
 from ..backends import BackendName, Reference, choose, rust_core_error
-from ..sharding import Null
-from . import blocks, elementwise
+from ..sharding import Communicator, Layout, Meshes, Placed, Replicas, Traffic, local, place, roles
+from . import blocks, elementwise, gradients, states, views
 from .elementwise import Rule
-from .hyper import check_group, feedback_numbers, unpack_betas
+from .hyper import check_group, feedback_numbers, number, unpack_betas
+from .saving import SavedOptimizer
 from .step import Matrix, Options, Report, step
 
-__all__ = ["LowRankOptimizer"]
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+__all__ = ["Communication", "LowRankOptimizer"]
 
 
-class LowRankOptimizer(Optimizer):
+@dataclass(frozen=True)
+class Communication:
+    """What an optimizer's steps have sent from this rank; ``print`` shows it as a table."""
+
+    last_step: Traffic
+    total: Traffic
+    steps: int
+
+    def __str__(self) -> str:
+        rows = [["all", str(self.last_step.bytes), str(self.total.bytes)]]
+        for key in self.total.by_content:
+            rows.append([key, str(self.last_step.by_content[key]), str(self.total.by_content[key])])
+        return table(["content", "bytes in the last step", f"in {self.steps} steps"], rows)
+
+
+class LowRankOptimizer(SavedOptimizer):
     """What :class:`OrthDion` and :class:`Dion` share; they differ in defaults only."""
 
     #: ``(right_factor, feedback)`` for ``tail="feedback"``.
@@ -56,18 +72,14 @@ class LowRankOptimizer(Optimizer):
         momentum_dtype: torch.dtype | None = None,
         q_dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | str | None = None,
+        reduce_dtype: torch.dtype | None = None,
         backend: BackendName = "auto",
         diagnostics: bool = False,
     ) -> None:
-        meshes = {"replicate_mesh": replicate_mesh, "outer_shard_mesh": outer_shard_mesh}
-        for name, mesh in {**meshes, "inner_shard_mesh": inner_shard_mesh}.items():
-            if mesh is not None:
-                raise NotImplementedError(f"{name}: this version runs in one process; leave it out")
-        if not replicate_mesh_grad_sync:
-            raise NotImplementedError("replicate_mesh_grad_sync=False needs a replicate_mesh, which this version lacks")
-        for name, dtype in (("momentum_dtype", momentum_dtype), ("q_dtype", q_dtype)):
-            if dtype is not None and dtype not in _FLOATS:
-                raise TypeError(f"{name} must be one of {', '.join(map(str, _FLOATS))} or None, not {dtype!r}")
+        meshes = Meshes.of(replicate_mesh, outer_shard_mesh, inner_shard_mesh, replicate_mesh_grad_sync)
+        for name, dtype in (("momentum_dtype", momentum_dtype), ("q_dtype", q_dtype), ("reduce_dtype", reduce_dtype)):
+            if dtype is not None and dtype not in gradients.FLOATS:
+                raise TypeError(f"{name} must be one of {', '.join(map(str, gradients.FLOATS))} or None, not {dtype!r}")
         if compute_dtype not in (None, "bfloat16", torch.bfloat16):
             raise ValueError(f"compute_dtype must be 'bfloat16' or None (the working precision), not {compute_dtype!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -101,9 +113,16 @@ class LowRankOptimizer(Optimizer):
         self._backend: BackendName = backend
         self._diagnose = bool(diagnostics)
         self._reports: dict[Tensor, list[Report]] = {}
+        self._meshes = meshes
+        self._placed: dict[Tensor, Placed] = {}
+        self._comm = Communicator(reduce_dtype)
+        #: Whether replicas' momenta have gone separate ways since they were last averaged.
+        self._drifted = False
         #: Parameters whose gradient held NaN or infinity, and how often they were left alone for it.
         self.skipped_steps: Counter[str] = Counter()
         super().__init__(params, defaults)
+        if isinstance(replicate_mesh, Replicas):
+            replicate_mesh.check_covers([p for g in self.param_groups for p in g["params"]])
 
     # ------------------------------------------------------------------ groups and states
 
@@ -131,21 +150,19 @@ class LowRankOptimizer(Optimizer):
         if len({id(p) for p in group["params"]}) < len(group["params"]):
             raise ValueError("a group holds a parameter twice; pass each one once")
         index = sum(len(g["params"]) for g in self.param_groups[:-1])
-        states = []
+        made = []
         for i, p in enumerate(group["params"]):
-            if _is_dtensor(p):
-                raise NotImplementedError(f"{self._name(p)} is a DTensor; this version runs in one process")
-            if p.dtype not in _FLOATS:
+            if p.dtype not in gradients.FLOATS:
                 raise TypeError(
                     f"{self._name(p)} has dtype {p.dtype}; only real floating-point parameters can be stepped"
                 )
             if p.layout != torch.strided:
                 raise TypeError(f"{self._name(p)} is sparse; make it dense (embedding: sparse=False)")
             choose(self._backend, p.device, p.dtype)
-            states.append(self._initial_state(p, group, index + i))
+            made.append(self._initial_state(p, group, index + i))
         self._check_overlap()
-        for p, state in zip(group["params"], states, strict=True):
-            self.state[p] = state
+        for p, (state, placed) in zip(group["params"], made, strict=True):
+            self.state[p], self._placed[p] = state, placed
 
     def _check_overlap(self) -> None:
         """Refuses parameters that share memory: one step would write over the other's."""
@@ -158,9 +175,10 @@ class LowRankOptimizer(Optimizer):
         views, names = [], []
         for group in self.param_groups:
             for p in group["params"]:
-                if p.device.type == "cpu" and p.ndim > 0:
-                    matrix = p.detach()[None] if p.ndim == 1 else blocks.as_matrix(p.detach(), p)
-                    if blocks.is_view(matrix, p):
+                here = local(p.detach())
+                if here.device.type == "cpu" and here.ndim > 0 and here.numel():
+                    matrix = here[None] if here.ndim == 1 else blocks.as_matrix(here, here)
+                    if blocks.is_view(matrix, here):
                         views.append(matrix)
                         names.append(p)
         if (pair := _core.overlap(operands(*views)) if views else None) is not None:
@@ -169,31 +187,38 @@ class LowRankOptimizer(Optimizer):
                 f"parameters {a} and {b} share memory; give the optimizer one of them, or the whole tensor"
             )
 
-    def _initial_state(self, p: Tensor, group: dict[str, Any], index: int) -> dict[str, Tensor]:
-        momentum = torch.zeros_like(p, dtype=self._momentum_dtype, memory_format=torch.preserve_format)
-        if group["algorithm"] == "adamw":
-            # Counted for each parameter, as torch does: one that first gets a gradient late needs its own correction.
-            return {"momentum": momentum, "variance": torch.zeros_like(momentum), "step": torch.zeros(())}
-        if group["algorithm"] == "lion":
-            return {"momentum": momentum}
-        try:
-            count, m, n = blocks.matrix_shape(p.shape, group["flatten"], group["row_blocks"])
-        except ValueError as e:
-            raise ValueError(f"{self._name(p)}: {e}") from None
-        r = blocks.rank(m, n, group["rank_fraction"], group["rank_multiple_of"])
-        # The power iteration runs on the side with fewer columns: a wide matrix is processed transposed.
-        q = blocks.start((count, m if m < n else n, r), self._seed, index)
-        q = q.to(device=p.device, dtype=self._q_dtype or p.dtype)
-        return {"momentum": momentum, "Q": q[0].clone() if _single(p, group) else q}
+    def _initial_state(self, p: Tensor, group: dict[str, Any], index: int) -> tuple[dict[str, Tensor], Placed]:
+        name, start, r, flip = self._name(p), None, 0, False
+        if group["algorithm"] == "dion":
+            try:
+                count, m, n = blocks.matrix_shape(p.shape, group["flatten"], group["row_blocks"])
+            except ValueError as e:
+                raise ValueError(f"{name}: {e}") from None
+            r = blocks.rank(m, n, group["rank_fraction"], group["rank_multiple_of"])
+            # The power iteration runs on the side with fewer columns: a wide matrix is processed transposed.
+            flip = m < n
+            start = blocks.start((count, m if flip else n, r), self._seed, index)
+        placed = place(p, name, roles(p.ndim, group["flatten"]) if start is not None else None, self._meshes.replicas)
+        self._meshes.check(name, placed)
+        layout = states.specs(name, p, group, placed, r, flip)
+        state = states.initial(p, group, placed, layout, start, (self._momentum_dtype, self._q_dtype))
+        self._check_tail(name, group, self._layout(p, group, placed, r))
+        return state, placed
 
-    def _name(self, p: Tensor) -> str:
-        for k, group in enumerate(self.param_groups):
-            for i, candidate in enumerate(group["params"]):
-                if candidate is p:
-                    names = group.get("param_names")
-                    name = names[i] if names else f"group {k}, parameter {i}"
-                    return f"{name} {tuple(p.shape)}"
-        return f"a parameter {tuple(p.shape)}"
+    def _layout(self, p: Tensor, group: dict[str, Any], placed: Placed, r: int) -> Layout:
+        """Where the matrices lie; over replicas, factors travel if they are smaller than the gradient (section 7)."""
+        if placed.layout.replicas.size == 1 or group["algorithm"] != "dion":
+            return placed.layout
+        _, m, n = blocks.matrix_shape(p.shape, group["flatten"], group["row_blocks"])
+        return replace(placed.layout, compressed=(m + n) * r < m * n)
+
+    def _check_tail(self, name: str, group: dict[str, Any], at: Layout) -> None:
+        if at.compressed and group["tail"] != "feedback":
+            raise ValueError(
+                f"tail={group['tail']!r} applies what rank r misses of the averaged gradient, but for {name} only its "
+                "rank-r factors are averaged; use tail='feedback', or let DDP average gradients and leave out "
+                "replicate_mesh"
+            )
 
     # ------------------------------------------------------------------ the step
 
@@ -214,63 +239,98 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        local_gradients = self._gradients()
         self._reports.clear()
-        copies: list[tuple[Tensor, Tensor, Tensor]] = []
+        copies = views.Copies([])
         lowrank: dict[str, list[tuple[Tensor, Matrix, Options]]] = {}
         rest: dict[str, list[tuple[Tensor, tuple[Tensor, ...], Rule]]] = {}
-        for group in self.param_groups:
+        for p, group, g, at in self._arrived(local_gradients):
+            backend = choose(self._backend, p.device, p.dtype)[0]
             if group["algorithm"] == "dion":
-                o = self._options(group)
-                for p in _with_gradient(group):
-                    jobs = lowrank.setdefault(choose(self._backend, p.device, p.dtype)[0], [])
-                    jobs.extend((p, matrix, o) for matrix in self._matrices(p, group, copies))
-            else:
-                for p in _with_gradient(group):
-                    tensors = rest.setdefault(choose(self._backend, p.device, p.dtype)[0], [])
-                    tensors.append((p, self._views(p, copies), _rule(group, self.state[p])))
+                o, arrived = self._options(group), g is not None
+                g = g if g is not None else torch.zeros_like(local(p))
+                made = views.matrices(p, g, self.state[p], group, self._placed[p], at, arrived, copies)
+                lowrank.setdefault(backend, []).extend((p, matrix, o) for matrix in made)
+            elif g is not None:
+                state = self.state[p]
+                rest.setdefault(backend, []).append((p, views.rows(p, g, state, copies), _rule(group, state)))
         for name, jobs in lowrank.items():
-            reports = _lowrank(name, [(matrix, o) for _, matrix, o in jobs])
-            for (p, _, _), report in zip(jobs, reports, strict=True):
-                self._reports.setdefault(p, []).append(report)
+            for (p, _, _), report in zip(jobs, self._lowrank(name, [(m, o) for _, m, o in jobs]), strict=True):
+                if not report.idle:
+                    self._reports.setdefault(p, []).append(report)
         for name, tensors in rest.items():
-            skipped = _elementwise(name, [(views, rule) for _, views, rule in tensors])
+            skipped = _elementwise(name, [(rows, rule) for _, rows, rule in tensors])
             for (p, _, _), skip in zip(tensors, skipped, strict=True):
                 self._reports.setdefault(p, []).append(Report(skip))
                 if not skip and "step" in self.state[p]:
                     self.state[p]["step"] += 1
-        for t, matrix, like in copies:
-            blocks.write_back(t, matrix, like)
+        copies.write_back()
         for group in self.param_groups:
             group["step"] += 1
+        self._comm.close_step()
         self._count_skipped()
         return loss
 
-    def _check_gradients(self) -> None:
+    def _gradients(self) -> list[tuple[Tensor, dict[str, Any], Tensor | None, Layout]]:
+        """Every parameter's local gradient, all checked; those that no rank can miss one of are left out."""
+        result = []
         for group in self.param_groups:
             unpack_betas(group)
-            for p in _with_gradient(group):
+            for p in group["params"]:
+                q = self.state[p].get("Q")
+                at = self._layout(p, group, self._where(p, group), q.shape[-1] if q is not None else 0)
+                if p.grad is None and at.domain.size == 1:
+                    continue
                 for key, value in self.state[p].items():  # the model may have been moved after construction
                     if key != "step" and value.device != p.device:
                         self.state[p][key] = value.to(p.device)
-                g = p.grad
-                assert g is not None
-                if g.layout != torch.strided:
-                    raise TypeError(
-                        f"the gradient of {self._name(p)} is sparse; make it dense (embedding: sparse=False)"
-                    )
-                if g.dtype not in _FLOATS:
-                    raise TypeError(
-                        f"the gradient of {self._name(p)} has dtype {g.dtype}; it must be real and floating"
-                    )
-                if g.shape != p.shape:
-                    raise ValueError(
-                        f"the gradient of {self._name(p)} has shape {tuple(g.shape)}; clear it and run backward again"
-                    )
-                if g.device != p.device:
-                    raise ValueError(
-                        f"the gradient of {self._name(p)} is on {g.device}, the parameter on {p.device}; move one"
-                    )
+                if p.grad is not None:
+                    gradients.check(self._name(p), p)
+                self._check_tail(self._name(p), group, at)
+                result.append((p, group, gradients.gradient(p), at))
+        return result
+
+    def _arrived(
+        self, given: list[tuple[Tensor, dict[str, Any], Tensor | None, Layout]]
+    ) -> list[tuple[Tensor, dict[str, Any], Tensor | None, Layout]]:
+        """The gradients to step with: averaged over replicas where factors are not, and agreed upon by all ranks."""
+        if not self._comm.steps:
+            compressed = [(g, at) for _, _, g, at in given if at.compressed and g is not None]
+            if any(self._comm.run([gradients.same_everywhere(compressed)], [0])):
+                warnings.warn(
+                    "gradients arrive already synchronised: every replica has the same ones, so sending factors saves "
+                    "nothing; build replicate_mesh with orthdion.decouple(ddp), or drop replicate_mesh",
+                    stacklevel=5,
+                )
+        ready, bodies, waiting = [], [], []
+        for p, group, g, at in given:
+            here = at.domain.size == 1 or (group["algorithm"] == "dion" and (at.compressed or at.replicas.size == 1))
+            if here:
+                ready.append((p, group, g, at))
+            else:
+                there = g if g is not None else torch.zeros_like(local(p))
+                bodies.append(gradients.arrive(there, g is not None, at))
+                waiting.append((p, group, at))
+        sizes = [p.numel() * p.element_size() // at.shards.size for p, _, at in waiting]
+        for (p, group, at), arrival in zip(waiting, self._comm.run(bodies, sizes), strict=True):
+            if arrival.skipped:
+                self._reports.setdefault(p, []).append(Report(skipped=True))
+            elif arrival.g is not None:
+                ready.append((p, group, arrival.g, at.synchronised()))
+        self._drifted |= any(at.compressed for _, _, _, at in ready)
+        return ready
+
+    def _lowrank(self, backend: str, jobs: list[tuple[Matrix, Options]]) -> list[Report]:
+        """One rank's own matrices in one call of the backend; the others together with their ranks."""
+        if backend != "rust":
+            return step(jobs, Reference(), self._comm)
+        from ..backends import rust
+
+        far = [i for i, (m, _) in enumerate(jobs) if not m.layout.trivial]
+        near = [i for i, (m, _) in enumerate(jobs) if m.layout.trivial]
+        reports = dict(zip(near, rust.lowrank_step([jobs[i] for i in near]), strict=True))
+        reports |= zip(far, step([jobs[i] for i in far], rust.Rust(), self._comm), strict=True)
+        return [reports[i] for i in range(len(jobs))]
 
     def _options(self, group: dict[str, Any]) -> Options:
         right_factor, feedback, nesterov = self.resolved(group)
@@ -304,38 +364,6 @@ class LowRankOptimizer(Optimizer):
             completed if given[2] is None else given[2],
         )
 
-    def _matrices(self, p: Tensor, group: dict[str, Any], copies: list[tuple[Tensor, Tensor, Tensor]]) -> list[Matrix]:
-        state, how = self.state[p], (group["flatten"], group["row_blocks"])
-        assert p.grad is not None
-        x, x_copy = blocks.matrices(p, p, *how)
-        g, _ = blocks.matrices(p.grad.resolve_neg(), p, *how)
-        m, m_copy = blocks.matrices(state["momentum"], p, *how)
-        made = ((p, x_copy), (state["momentum"], m_copy))
-        copies.extend((t, copy, p) for t, copy in made if copy is not None)
-        q = [state["Q"]] if _single(p, group) else list(state["Q"].unbind(0))
-        scale = (x[0].shape[0] / max(x[0].shape[1], 1)) ** 0.5 if x else 1.0
-        result = []
-        for xi, gi, mi, qi in zip(x, g, m, q, strict=True):
-            if qi.shape[0] != xi.shape[1]:  # Q has the rows of X: the transposed problem
-                xi, gi, mi = xi.T, gi.T, mi.T
-            result.append(Matrix(xi, gi, mi, qi, scale))
-        return result
-
-    def _views(self, p: Tensor, copies: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
-        """(X, G, M[, V]) as 2-D views; what cannot be one is copied, to be written back."""
-        state = self.state[p]
-        assert p.grad is not None
-        tensors = [p, p.grad.resolve_neg(), state["momentum"], *([state["variance"]] if "variance" in state else [])]
-        if (rows := blocks.flat(tensors)) is not None:
-            return tuple(rows)
-        if p.ndim <= 2:
-            return tuple(t if t.ndim == 2 else t.reshape(1, -1) if t.ndim == 0 else t[None] for t in tensors)
-        views = [blocks.as_matrix(t, p) for t in tensors]
-        for k, (t, view) in enumerate(zip(tensors, views, strict=True)):
-            if k != 1 and not blocks.is_view(view, t):
-                copies.append((t, view, p))
-        return tuple(views)
-
     def _count_skipped(self) -> None:
         for p, reports in self._reports.items():
             if any(r.skipped for r in reports):
@@ -348,87 +376,40 @@ class LowRankOptimizer(Optimizer):
                     )
                 self.skipped_steps[name] += 1
 
-    # ------------------------------------------------------------------ saving and loading
+    # ------------------------------------------------------------------ for people
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, this library's or microsoft/dion's, keeping each state tensor's dtype to the bit.
+    def communication(self) -> Communication:
+        """Bytes that this rank put into collectives, in the last step and in all: by collective and by content."""
+        return Communication(self._comm.last, self._comm.total, self._comm.steps)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scales all gradients so that their norm together is at most ``max_norm``; returns what it was.
+
+        Over shards it is the norm of the whole gradient. Where replicas keep gradients of their own, the averaged
+        gradient is not known before the step: then ``norm_type``-mean over replicas of their norms is used, which is no
+        smaller, so every replica is scaled by the same factor. Every rank must call it.
 
         Raises:
-            ValueError: if groups, algorithms or the shapes of states do not fit; then nothing has changed.
+            ValueError: for a negative ``max_norm`` or a ``norm_type`` below 1.
         """
-        state_dict = state_dict.copy()
-        pre, post = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
-        for before in pre.values():
-            state_dict = before(self, state_dict) or state_dict
-        groups = [self._merged(i, g) for i, g in enumerate(self._matching(state_dict["param_groups"]))]
-        own = [(p, g) for g in self.param_groups for p in g["params"]]
-        saved = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
-        steps = [g["step"] for g in groups for _ in g["params"]]
-        loaded = [self._fitted(p, g, s, n) for (p, g), s, n in zip(own, saved, steps, strict=True)]
-        # torch would cast states to the weights' dtype: it gets the groups only, and hooks run around all of it.
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        try:
-            super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
-        finally:
-            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = pre, post
-        for (p, _), state in zip(own, loaded, strict=True):
-            self.state[p] = state
-        for after in post.values():
-            after(self)
-
-    def _matching(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError("the loaded state has other parameter groups than this optimizer; build them alike first")
-        return groups
-
-    def _merged(self, index: int, saved: dict[str, Any]) -> dict[str, Any]:
-        """A saved group, checked; keys that its library does not have keep this optimizer's values."""
-        own, saved = self.param_groups[index], dict(saved)
-        for key in ("algorithm", "flatten", "row_blocks"):
-            if key in saved and saved[key] != own[key]:
-                raise ValueError(
-                    f"the loaded group {index} has {key}={saved[key]!r}, this one {own[key]!r}; build them alike first"
-                )
-        unpack_betas(saved)
-        merged = {**{k: v for k, v in own.items() if k != "params"}, **saved}
-        check_group({k: v for k, v in merged.items() if k in self.defaults}, self.defaults)
-        return merged
-
-    def _fitted(self, p: Tensor, group: dict[str, Any], saved: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """The saved state on the parameter's device, in the dtypes configured here."""
-        current: dict[str, Tensor] = self.state[p]
-        if not saved:  # an optimizer that makes states late has none for a parameter it never stepped
-            return current
-        saved = {"step": torch.tensor(float(step)), **saved}  # microsoft/dion counts steps a group
-        if missing := current.keys() - saved.keys():
-            raise ValueError(
-                f"the loaded state of {self._name(p)} has no {', '.join(sorted(missing))} (it has {', '.join(saved)}); "
-                "it is of another kind of optimizer"
-            )
-        result = {}
-        for key, tensor in current.items():
-            new = saved[key]
-            fits = tuple(new.shape) == tuple(tensor.shape)
-            if key == "Q" and not fits and new.ndim == tensor.ndim:
-                # Another rank is welcome, and so is Q on the matrix's other side.
-                m, n = blocks.matrix_shape(p.shape, group["flatten"], group["row_blocks"])[1:]
-                fits = new.shape[-2] in (m, n) and new.shape[-1] <= min(m, n) and new.shape[:-2] == tensor.shape[:-2]
-            if not fits:
-                raise ValueError(
-                    f"the loaded {key} of {self._name(p)} has shape {tuple(new.shape)}, but {tuple(tensor.shape)} is "
-                    "needed; load it into the model that it was saved from"
-                )
-            result[key] = torch.empty_like(tensor) if new.shape == tensor.shape else new.new_empty(new.shape)
-            result[key] = result[key].to(tensor.dtype).to(tensor.device).copy_(new)
-        return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        own = ("_seed", "_momentum_dtype", "_q_dtype", "_half", "_backend", "_diagnose", "skipped_steps")
-        return {**state, **{k: self.__dict__[k] for k in own}, "_reports": {}}
-
-    # ------------------------------------------------------------------ for people
+        number("max_norm", max_norm, 0.0)
+        if not norm_type >= 1.0:
+            raise ValueError(f"norm_type must be at least 1, but it is {norm_type}")
+        bodies, found = [], []
+        for p, _, g, at in self._gradients():
+            there = g if g is not None else torch.zeros_like(local(p))
+            bodies.append(gradients.power_sum(there, norm_type, at))
+            found.append(p.grad)
+        if not bodies:
+            return torch.tensor(0.0)
+        sums = torch.stack([s.cpu() for s in self._comm.run(bodies, [0] * len(bodies))])
+        total = sums.amax() if norm_type == float("inf") else sums.sum() ** (1.0 / norm_type)
+        factor = float(max_norm / (total + 1e-6))
+        if factor < 1.0:
+            for g in found:
+                if g is not None:
+                    g.mul_(factor)
+        return total
 
     def backends(self) -> dict[str, str]:
         """Which backend serves which parameters, and why: ``{"rust: CPU tensors": "12 parameters", …}``."""
@@ -444,29 +425,12 @@ class LowRankOptimizer(Optimizer):
         return "\n".join(lines)
 
 
-def _lowrank(backend: str, jobs: list[tuple[Matrix, Options]]) -> list[Report]:
-    if backend == "rust":
-        from ..backends import rust
-
-        return rust.lowrank_step(jobs)
-    return step(jobs, Reference(), Null())
-
-
 def _elementwise(backend: str, tensors: list[tuple[tuple[Tensor, ...], Rule]]) -> list[bool]:
     if backend == "rust":
         from ..backends import rust
 
         return rust.elementwise_step(tensors)
     return elementwise.step(tensors)
-
-
-def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
-    return [p for p in group["params"] if p.grad is not None]
-
-
-def _single(p: Tensor, group: dict[str, Any]) -> bool:
-    """Whether the parameter is one matrix, whose Q has no leading axis."""
-    return not (p.ndim == 3 and not group["flatten"]) and group["row_blocks"] == 1
 
 
 def _rule(group: dict[str, Any], state: dict[str, Tensor]) -> Rule:
@@ -480,11 +444,3 @@ def _rule(group: dict[str, Any], state: dict[str, Tensor]) -> Rule:
         step=1 + int(state["step"]) if "step" in state else 1,
         maximize=group["maximize"],
     )
-
-
-def _is_dtensor(p: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(p, DTensor)

@@ -1,4 +1,4 @@
-"""The step of Dion's family, written once, over primitives and a communicator (docs/algorithms.md, sections 1 to 3b).
+"""The step of Dion's family, written once, over primitives and a communicator (docs/algorithms.md, sections 1 to 3b, 7).
 
 ::
 
@@ -11,26 +11,29 @@
     M  = a·M⁺ − (a − b)·P (M⁺ᵀ P)ᵀ
     Q  = V, null directions kept
 
-Everything up to V only reads, so a gradient with NaN or infinity changes nothing.
+Σ_rows and Σ_cols are over the ranks that hold the other rows and columns, and a mean over replicas whose gradients
+differ. Each ``yield`` asks for one of those; on one rank it is answered at once. Everything up to V only reads, so a
+gradient with NaN or infinity, on any rank, changes nothing on every rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..backends.reference import Reference
-from ..sharding import Communicator
+from ..backends.reference import Job, Reference
+from ..sharding import Body, Communicator, Factorize, Group, Layout, Reduce
+from .tall import Tall, compress
 
 __all__ = ["Matrix", "Options", "Report", "RightFactor", "Tail", "step"]
 
 RightFactor = Literal["qr", "column", "polar"]
-Tail = Literal["feedback", "linear", "normalized"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Options:
     a: float
     b: float
     right_factor: RightFactor
-    tail: Tail
+    tail: Literal["feedback", "linear", "normalized"]
     tail_scale: float
     kappa: float | None
     maximize: bool
@@ -53,20 +56,28 @@ class Options:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix and its state: views X, G, M (m, n) and Q (n, r); ``scale`` multiplies η."""
+    """One matrix and its state: local views X, G, M (m, n) and Q (n, r); ``scale`` multiplies η.
+
+    ``shape`` is the whole matrix's, ``layout`` the groups its parts lie on. ``arrived`` is False if this rank has no
+    gradient, so that G is zero here; where no rank has one the matrix is left alone.
+    """
 
     x: Tensor
     g: Tensor
     m: Tensor
     q: Tensor
     scale: float
+    shape: tuple[int, int]
+    layout: Layout = field(default_factory=Layout)
+    arrived: bool = True
 
 
 @dataclass(frozen=True)
 class Report:
     """What happened to a matrix; the figures after ``null`` only if diagnostics are on.
 
-    ``b_energy`` and ``r_energy`` are ‖B‖² and ‖R‖², ``nu`` is ‖V‖₂, ``descent`` ⟨B, P Vᵀ⟩, ``nuclear`` ‖R‖_*.
+    ``b_energy`` and ``r_energy`` are ‖B‖² (its mean over replicas) and ‖R‖², ``nu`` is ‖V‖₂, ``descent`` ⟨B, P Vᵀ⟩,
+    ``nuclear`` ‖R‖_*.
     """
 
     skipped: bool
@@ -77,57 +88,159 @@ class Report:
     descent: float = 0.0
     nuclear: float = 0.0
     effective_rank: float = 0.0
+    #: No rank had a gradient.
+    idle: bool = False
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What is added to P Vᵀ: α·T, or T with scaled columns and rows, or nothing."""
+
+    alpha: float | None = None
+    columns: Tensor | None = None
+    rows: Tensor | None = None
 
 
 def step(matrices: Sequence[tuple[Matrix, Options]], be: Reference, comm: Communicator) -> list[Report]:
     """Steps every matrix in place."""
-    return [_one(matrix, o, be, comm) for matrix, o in matrices]
+    sizes = [m.shape[0] * m.shape[1] * m.x.element_size() // m.layout.shards.size for m, _ in matrices]
+    return comm.run([_one(matrix, o, be.rounding(o.half)) for matrix, o in matrices], sizes)
 
 
-def _one(matrix: Matrix, o: Options, be: Reference, comm: Communicator) -> Report:
-    be = be.rounding(o.half)
-    x, old = be.working(matrix.x), be.working(matrix.q)
-    if 0 in (*x.shape, old.shape[1]):
+def _one(matrix: Matrix, o: Options, be: Reference) -> Body[Report]:
+    at, kind = matrix.layout, o.right_factor
+    if 0 in (*matrix.shape, matrix.q.shape[1]):
         return Report(skipped=False)
-    g = be.working(matrix.g)
-    if o.maximize:
-        g = -g
-    plus = be.working(matrix.m) + g
-    b = plus if o.kappa is None else o.kappa * plus + g
-    size = be.scale(b)
+    job = be.open(matrix.x, matrix.g, matrix.m, matrix.q, o)
+    left, right, least, fade = be.noise(job.old)
+
+    largest = yield Reduce(_arrival(matrix, job), at.domain, "flags", op="max")
+    if float(largest) < 0.0:
+        return Report(skipped=False, idle=True)
+    size = _power_of_two(float(largest), be.safe(job.old))
     if math.isnan(size):
         return Report(skipped=True)
-    b = b * size
+    job.rescale(size)
 
-    p = comm.mean_replicas(comm.sum_cols(be.project(b, old)))
-    p, _ = be.orthonormalize(p)
-    r = comm.mean_replicas(comm.sum_rows(be.project_back(b, p)))
-    v, null = be.right_factor(o.right_factor, r, o.epsilon)
-    report = _report(b / size, r / size, v, null) if o.diagnostics else Report(False, int(null.sum()))
-
-    d = be.direction(o.tail, b, p, r, v, o.tail_scale)
-    if o.a != o.b:
-        captured = comm.sum_rows(be.project_back(plus, p))
-        plus = o.a * plus - (o.a - o.b) * be.outer(p, captured)
+    sketch = partial(_factor, be=be, unit=job.old, copies=at.replicas.size)
+    p, _, _ = yield from sketch(job.sketch(), at.left, at.rows, "P", partial(be.orthonormalize, tol=left))
+    if kind == "column":
+        r = yield Reduce(job.back(p), at.right, "R", at.replicas.size, rounded=True)
+        energies = yield Reduce(r.double().square().sum(0), at.cols, "norms")
+        v, null = be.columns(r, energies, right, o.epsilon)
     else:
-        plus = o.a * plus
-    matrix.x.copy_((1.0 - o.lr * o.weight_decay) * x - o.lr * matrix.scale * d)
-    matrix.m.copy_(plus)
-    matrix.q.copy_(be.warm_start(o.right_factor, v, null, old))
+        work = partial(be.orthonormalize if kind == "qr" else be.polar, tol=right)
+        v, null, r = yield from sketch(job.back(p), at.right, at.cols, "R", work)
+    w = r
+    if o.kappa is not None and o.a != o.b:
+        w = yield Reduce(job.captured(p), at.right, "R", at.replicas.size, rounded=True)
+
+    report = Report(False, int(null.sum()))
+    if o.diagnostics:
+        report = yield from _diagnose(job, r, v, null, at)
+    tail = Tail()
+    if o.tail != "feedback":
+        tail = yield from _tail(job, p, r, matrix, o, least, fade)
+    q = yield from _warm_start(kind, v, null, job.old, be, at)
+
+    job.write(p, r, v, w, matrix.scale, tail)
+    job.keep(q)
     return report
 
 
-def _report(b: Tensor, r: Tensor, v: Tensor, null: Tensor) -> Report:
-    b, r, v = b.double(), r.double(), v.double()
-    share = r.norm(dim=0)
+def _arrival(matrix: Matrix, job: Job) -> Tensor:
+    """Of which the maximum over ranks tells what has arrived: −1 nothing, infinity something that is not finite."""
+    entry = job.entry()
+    return entry if matrix.arrived else torch.where(entry.isfinite(), -1.0, math.inf)
+
+
+def _power_of_two(largest: float, safe: float) -> float:
+    """What brings the largest entry near 1; 1 where squares are safe anyway. NaN if it is not finite."""
+    if not math.isfinite(largest):
+        return math.nan
+    if largest == 0.0 or 1.0 / safe < largest < safe:
+        return 1.0
+    return math.ldexp(1.0, -math.floor(math.log2(largest)))
+
+
+def _factor(
+    a: Tensor,
+    over: Group,
+    along: Group,
+    what: str,
+    work: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    be: Reference,
+    unit: Tensor,
+    copies: int,
+) -> Body[tuple[Tensor, Tensor, Tensor]]:
+    """``(V, null, A)`` of A, which is summed ``over`` ranks and whose rows lie ``along`` others."""
+    if along.size == 1:
+        factored: tuple[Tensor, Tensor, Tensor] = yield Factorize(a, over, what, work, copies)
+        return factored
+    a = yield Reduce(a, over, what, copies, rounded=True)
+    tall: Tall = yield from compress(a, along, be.gate(unit))
+    v, null = work(tall.small)
+    return tall.expand(v).to(a.dtype), null, a
+
+
+def _warm_start(kind: str, v: Tensor, null: Tensor, old: Tensor, be: Reference, at: Layout) -> Body[Tensor]:
+    """The next Q. To fill null columns, V and the old Q are written in an orthonormal basis of both."""
+    if at.cols.size == 1 or kind == "column" or not bool(null.any()) or bool(null.all()):
+        return be.warm_start(kind, v, null, old)
+    tall: Tall = yield from compress(torch.cat([v, old], 1), at.cols, be.gate(old))
+    small = tall.small
+    return tall.expand(be.warm_start(kind, small[:, : v.shape[1]], null, small[:, v.shape[1] :]))
+
+
+def _tail(job: Job, p: Tensor, r: Tensor, matrix: Matrix, o: Options, least: float, fade: float) -> Body[Tail]:
+    """The tail's numbers (section 3b), from ‖T‖² = ‖B‖² − ‖R‖² of the whole and of each column: P is orthonormal."""
+    at, spare = matrix.layout, min(matrix.shape) - r.shape[1]
+    rows, columns = job.energies()
+    squares = r.double().square()
+    if o.tail == "linear":
+        total, captured = yield (Reduce(rows.sum(), at.shards, "tail"), Reduce(squares.sum(), at.cols, "tail"))
+    else:
+        columns, rows = yield (Reduce(columns, at.rows, "tail"), Reduce(rows, at.cols, "tail"))
+        total, captured, count = yield (
+            Reduce(columns.sum(), at.cols, "tail"),
+            Reduce(squares.sum(), at.cols, "tail"),
+            Reduce((rows > 0).sum().double(), at.rows, "tail"),
+        )
+    energy = float(total - captured)
+    if spare == 0 or energy <= least * float(total):
+        return Tail()
+    weight = o.tail_scale * math.sqrt(spare)
+    if o.tail == "linear":
+        return Tail(alpha=weight / math.sqrt(energy))
+    norms = torch.maximum(columns - squares.sum(1), fade * columns).sqrt()
+    inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(1e-300), 0.0)
+    raw, scaled = job.tail_rows(p, r, inverse)
+    raw, scaled = yield (Reduce(raw, at.cols, "tail"), Reduce(scaled, at.cols, "tail"))
+    # Rows in which the tail is noise fade out; every other row of N has norm 1.
+    share = (raw / (fade * rows).clamp_min(1e-300)).clamp_max(1.0).sqrt()
+    lengths = torch.where(scaled > 0, share / scaled.sqrt().clamp_min(1e-300), 0.0)
+    return Tail(columns=inverse, rows=lengths * (weight / math.sqrt(float(count))))
+
+
+def _diagnose(job: Job, r: Tensor, v: Tensor, null: Tensor, at: Layout) -> Body[Report]:
+    r, v = r.double() / job.size, v.double()
+    energy = job.energies()[0].sum() / job.size**2
+    energy, gram, own, descent = yield (
+        Reduce(energy, at.domain, "diagnostics", at.replicas.size),
+        Reduce(r.T @ r, at.cols, "diagnostics"),
+        Reduce(v.T @ v, at.cols, "diagnostics"),
+        Reduce((r * v).sum(), at.cols, "diagnostics"),
+    )
+    share = gram.diagonal().sqrt()
     share = share[share > 0] / share.sum()
     return Report(
         skipped=False,
         null=int(null.sum()),
-        b_energy=float(b.square().sum()),
-        r_energy=float(r.square().sum()),
-        nu=float(torch.linalg.matrix_norm(v, 2)),
-        descent=float((r * v).sum()),
-        nuclear=float(torch.linalg.matrix_norm(r, "nuc")),
+        b_energy=float(energy),
+        r_energy=float(gram.trace()),
+        nu=float(torch.linalg.eigvalsh(own)[-1].clamp_min(0.0).sqrt()),
+        descent=float(descent),
+        nuclear=float(torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt().sum()),
         effective_rank=float(torch.exp(-(share * share.log()).sum())) if share.numel() else 0.0,
     )

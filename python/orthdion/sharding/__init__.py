@@ -1,5 +1,29 @@
-"""Where a matrix lies: its rows, columns and replicas over process groups (docs/algorithms.md, section 7)."""
+"""Where a matrix lies over process groups, and what its ranks tell each other (docs/algorithms.md, section 7)."""
 
-from .communicator import Communicator, Null
+from .communicator import Communicator, Traffic
+from .ddp import Replicas, decouple
+from .groups import ALONE, Group, meet
+from .layout import Layout, Placed, is_dtensor, local, place, roles
+from .meshes import Meshes
+from .requests import Body, Factorize, Gather, Reduce
 
-__all__ = ["Communicator", "Null"]
+__all__ = [
+    "ALONE",
+    "Body",
+    "Communicator",
+    "Factorize",
+    "Gather",
+    "Group",
+    "Layout",
+    "Meshes",
+    "Placed",
+    "Reduce",
+    "Replicas",
+    "Traffic",
+    "decouple",
+    "is_dtensor",
+    "local",
+    "meet",
+    "place",
+    "roles",
+]

@@ -1,0 +1,85 @@
+"""Gradients on their way into a step: checked, awaited, averaged where replicas differ, clipped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..sharding import Body, Layout, Reduce, local
+
+__all__ = ["FLOATS", "Arrival", "arrive", "check", "gradient", "power_sum", "same_everywhere"]
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check(name: str, p: Tensor) -> None:
+    """Refuses a gradient that no backend could read.
+
+    Raises:
+        TypeError: sparse, complex or integer. ValueError: another shape or device than the parameter's.
+    """
+    g = p.grad
+    assert g is not None
+    if g.layout != torch.strided:
+        raise TypeError(f"the gradient of {name} is sparse; make it dense (embedding: sparse=False)")
+    if g.dtype not in FLOATS:
+        raise TypeError(f"the gradient of {name} has dtype {g.dtype}; it must be real and floating")
+    if g.shape != p.shape:
+        raise ValueError(f"the gradient of {name} has shape {tuple(g.shape)}; clear it and run backward again")
+    if g.device != p.device:
+        raise ValueError(f"the gradient of {name} is on {g.device}, the parameter on {p.device}; move one")
+
+
+def gradient(p: Tensor) -> Tensor | None:
+    """This rank's part of the gradient, placed as the parameter is."""
+    g = p.grad
+    if g is None or local(p) is p:
+        return g
+    if g.placements != p.placements:  # type: ignore[attr-defined]  # a replicated norm's is a sum to be finished
+        g = g.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return local(g)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A gradient that may be used; None if no rank had one, or (``skipped``) some rank's held NaN or infinity."""
+
+    g: Tensor | None
+    skipped: bool = False
+
+
+def arrive(g: Tensor, here: bool, at: Layout) -> Body[Arrival]:
+    """Waits for every rank's word on a gradient, and averages it over the replicas. ``here``: this rank has one."""
+    bad = not bool(torch.isfinite(g).all())
+    word = torch.tensor(math.inf if bad else 1.0 if here else -1.0, dtype=torch.float64, device=g.device)
+    answer = float((yield Reduce(word, at.domain, "flags", op="max")))
+    if answer < 0.0:
+        return Arrival(None)
+    if math.isinf(answer):
+        return Arrival(None, skipped=True)
+    # The mean of bfloat16 gradients is taken in single precision; `reduce_dtype` may say otherwise.
+    wide = g if g.dtype == torch.float64 else g.float()
+    return Arrival((yield Reduce(wide, at.replicas, "gradient", at.replicas.size, rounded=True)))
+
+
+def same_everywhere(gradients: list[tuple[Tensor, Layout]]) -> Body[bool]:
+    """Whether gradients that should differ between replicas are equal on all of them, and not zero."""
+    if not gradients:
+        return False
+    sums = torch.stack([g.double().sum() for g, _ in gradients])
+    both = yield Reduce(torch.cat([sums, -sums]), gradients[0][1].replicas, "flags", op="max")
+    high, low = both.chunk(2)
+    return bool((high == -low).all()) and bool(sums.any())
+
+
+def power_sum(g: Tensor, p: float, at: Layout) -> Body[Tensor]:
+    """``Σ|g|ᵖ`` over the shards, the mean of it over replicas; for p = ∞ the largest entry."""
+    if math.isinf(p):
+        top = g.double().abs().amax() if g.numel() else g.new_zeros((), dtype=torch.float64)
+        largest: Tensor = yield Reduce(top, at.domain, "norm", op="max")
+        return largest
+    total: Tensor = yield Reduce(g.double().abs().pow(p).sum(), at.domain, "norm", at.replicas.size)
+    return total

@@ -1,0 +1,186 @@
+"""A parameter's layout, read off its DTensor placements (docs/algorithms.md, section 7).
+
+Each axis of a parameter plays a role in its matrices: *rows*, *columns*, or *batch* (the stacked axis of experts). Ranks
+that hold other parts of the rows are the group ``rows``, those with other columns ``cols``; ranks along the batch axis
+have nothing to tell each other. Ranks with copies and gradients of their own are ``replicas``; where copies come with
+equal gradients (plain DDP, HSDP, tensor-parallel norms) there is nothing to reduce and so no group.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .groups import ALONE, Group, from_handle, product, union
+
+__all__ = ["Layout", "Placed", "is_dtensor", "local", "place", "roles"]
+
+Role = str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The groups that a matrix is laid out on. ``left`` is where P is summed (cols × replicas), ``right`` where R is
+    (rows × replicas), ``shards`` rows × cols, ``domain`` all three; ``compressed``: P and R are averaged, not G.
+    """
+
+    rows: Group = ALONE
+    cols: Group = ALONE
+    replicas: Group = ALONE
+    left: Group = ALONE
+    right: Group = ALONE
+    shards: Group = ALONE
+    domain: Group = ALONE
+    compressed: bool = False
+
+    @property
+    def trivial(self) -> bool:
+        """Whether a rank can step alone, once gradients are averaged."""
+        return self.shards.size == 1 and not self.compressed
+
+    def synchronised(self) -> Layout:
+        """The layout once gradients have been averaged: nothing is left to tell the replicas."""
+        return replace(self, replicas=ALONE, left=self.cols, right=self.rows, domain=self.shards, compressed=False)
+
+    def transposed(self) -> Layout:
+        """The layout of the transposed matrix."""
+        return replace(self, rows=self.cols, cols=self.rows, left=self.right, right=self.left)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How a parameter lies: its mesh and placements (None for a plain tensor), the local range on each axis, layout."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    ranges: tuple[tuple[int, int], ...]
+    layout: Layout
+
+    def wrap(self, t: Tensor, shape: torch.Size, axes: dict[int, int]) -> Tensor:
+        """A local state as the DTensor it is a part of; ``axes`` maps the parameter's axes to the state's."""
+        if self.mesh is None:
+            return t
+        from torch.distributed.tensor import DTensor, Replicate
+
+        places = [_moved(p, axes) if hasattr(p, "dim") else p for p in self.placements]
+        places = [Replicate() if p is None else p for p in places]
+        stride = _contiguous(shape) if tuple(t.shape) != tuple(shape) else t.stride()
+        return DTensor.from_local(t, self.mesh, places, run_check=False, shape=shape, stride=stride)
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _moved(placement: Any, axes: dict[int, int]) -> Any:
+    """A shard of the parameter's axis as the shard of the state's axis that goes with it."""
+    if placement.dim not in axes:
+        return None
+    if type(placement).__name__ == "_StridedShard":
+        return type(placement)(axes[placement.dim], split_factor=placement.split_factor)
+    return type(placement)(axes[placement.dim])
+
+
+def is_dtensor(t: Any) -> bool:
+    """Whether this is a DTensor, without importing them where nobody has."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """The local part of a DTensor, waited for; a plain tensor as it is. Writing to it writes to the DTensor."""
+    if not is_dtensor(t):
+        return t
+    part: Tensor = t._local_tensor  # type: ignore[attr-defined]  # to_local() makes autograd a part of this
+    return part.wait() if hasattr(part, "wait") else part
+
+
+def roles(ndim: int, flatten: bool | None) -> list[Role]:
+    """What each axis of a weight is: rows, then columns; a stack's first axis is the batch."""
+    if ndim == 3 and not flatten:
+        return ["batch", "rows", "cols"]
+    return ["rows"] + ["cols"] * (ndim - 1)
+
+
+def _chunk(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
+    """torch.chunk's ``index``-th part: all parts but the last are of one size, the last ones may be empty."""
+    start, stop = span
+    size = -(-(stop - start) // parts)
+    return min(stop, start + index * size), min(stop, start + (index + 1) * size)
+
+
+def place(p: Tensor, name: str, roles_of: list[Role] | None, replicas: Group) -> Placed:
+    """Reads a parameter's placements. ``roles_of`` None: the elements go each their own way (AdamW).
+
+    Raises:
+        NotImplementedError: a placement that cannot be handled, with the way around it.
+    """
+    ranges = [(0, s) for s in p.shape]
+    if not is_dtensor(p):
+        return Placed(None, (), tuple(ranges), _layout(ALONE, ALONE, ALONE, replicas))
+    mesh, placements = p.device_mesh, tuple(p.placements)  # type: ignore[attr-defined]
+    if mesh.get_coordinate() is None:
+        raise NotImplementedError(
+            f"{name} lies on a mesh that this rank is not in; give this rank's optimizer only its own parameters"
+        )
+    for placement in placements:
+        if placement.is_partial():
+            raise NotImplementedError(
+                f"{name} is placed {placement}: an unfinished sum; call .redistribute() on it before it becomes a "
+                "parameter"
+            )
+    order = [d for d, s in enumerate(placements) if not s.is_replicate()]
+    strided = [d for d in order if type(placements[d]).__name__ == "_StridedShard"]
+    if len({placements[d].dim for d in strided}) < len(strided):
+        raise NotImplementedError(
+            f"{name} has two strided shards of one axis: {placements}; shard it over one mesh less"
+        )
+    groups: dict[Role, list[int]] = {}
+    # A strided shard (FSDP over tensor parallel on the same axis) divides what the plain ones have left.
+    for d in [d for d in order if d not in strided] + strided:
+        axis = placements[d].dim
+        ranges[axis] = _chunk(ranges[axis], mesh.size(d), mesh.get_local_rank(d))
+        groups.setdefault(roles_of[axis] if roles_of else "shards", []).append(d)
+    if tuple(b - a for a, b in ranges) != tuple(local(p).shape):
+        raise NotImplementedError(
+            f"{name}: rank {dist.get_rank()} holds {tuple(local(p).shape)} where {placements} give "
+            f"{tuple(b - a for a, b in ranges)}; shard it with torch's own Shard placements"
+        )
+    if replicas.size > 1 and set(replicas.ranks) & set(_span(mesh, list(range(mesh.ndim)))) != {dist.get_rank()}:
+        replicas = ALONE  # replicate_mesh is a dimension of the weight's own mesh, whose gradients FSDP2 has averaged
+    rows, cols = (_group(mesh, groups.get(k, [])) for k in ("rows", "cols"))
+    everything = [d for k, ds in groups.items() if k != "batch" for d in ds]
+    shards = _group(mesh, everything)
+    return Placed(mesh, placements, tuple(ranges), _layout(rows, cols, shards, replicas))
+
+
+def _layout(rows: Group, cols: Group, shards: Group, replicas: Group) -> Layout:
+    return Layout(
+        rows=rows,
+        cols=cols,
+        replicas=replicas,
+        left=product(replicas, cols),
+        right=product(replicas, rows),
+        shards=shards,
+        domain=product(replicas, shards),
+    )
+
+
+def _span(mesh: Any, dims: list[int]) -> list[int]:
+    """The ranks that differ from this one only along ``dims``."""
+    here = mesh.get_coordinate()
+    index = tuple(slice(None) if d in dims else here[d] for d in range(mesh.ndim))
+    ranks: list[int] = mesh.mesh[index].flatten().tolist()
+    return ranks
+
+
+def _group(mesh: Any, dims: list[int]) -> Group:
+    if len(dims) == 1:
+        return from_handle(mesh.get_group(dims[0]))
+    return union(set(_span(mesh, dims))) if dims else ALONE
