@@ -3,7 +3,8 @@
 from . import diagnostics, linalg
 from .grouping import ParamGroups, param_groups
 from .optim import Dion, OrthDion
+from .sharding import decouple
 
 __version__ = "0.1.0"
 
-__all__ = ["Dion", "OrthDion", "ParamGroups", "diagnostics", "linalg", "param_groups"]
+__all__ = ["Dion", "OrthDion", "ParamGroups", "decouple", "diagnostics", "linalg", "param_groups"]

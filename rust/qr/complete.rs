@@ -12,8 +12,9 @@ const KEEP: f64 = 1e-3;
 
 /// Fills the null columns of `v` (n×r, the others orthonormal) so that all r columns are orthonormal.
 ///
-/// The candidates are the same columns of `old`, so that a warm start changes as little as possible; where those lie
-/// in the span already, unit vectors serve: the one that the set covers least.
+/// The candidates are the same columns of `old`, so that a warm start changes as little as possible; where such a
+/// column lies in the span already, the one of `old` with the largest remainder serves: `old` has r independent columns
+/// and `v` fewer. So the result does not depend on the orthonormal basis that both are written in.
 ///
 /// # Errors
 /// [`Error::NonFinite`] if `old` is.
@@ -47,14 +48,23 @@ pub fn complete<T: Real>(cx: Context, mut v: MatMut<'_>, null: &[bool], old: Mat
     }
     for j in missing {
         let view = v.as_ref();
-        let covered = |i: usize| (0..view.cols).map(|c| view.get(i, c).powi(2)).sum::<f64>();
-        let least = (0..n).map(|i| (i, covered(i))).min_by(|a, b| a.1.total_cmp(&b.1));
-        let mut e = Scratch::zeros(n);
-        e[least.map_or(0, |(i, _)| i)] = 1.0;
+        let (n, r) = (view.rows, old.cols);
+        let mut rest = Scratch::<f64>::new(n * r);
+        super::copy(old, MatMut::row_major(&mut rest, n, r));
+        project_out(cx, view, MatMut::row_major(&mut rest, n, r));
+        let mut energies = Scratch::<f64>::zeros(r);
+        for row in rest.chunks_exact(r) {
+            energies.iter_mut().zip(row).for_each(|(e, x)| *e += x * x);
+        }
+        let best = (0..r).max_by(|&a, &b| energies[a].total_cmp(&energies[b]).then(b.cmp(&a))).unwrap_or(0);
+        let mut e = Scratch::<f64>::new(n);
+        e.iter_mut().zip(rest.chunks_exact(r)).for_each(|(e, row)| *e = row[best]);
         for _ in 0..2 {
+            let norm = square_norm(&e).sqrt().max(1e-300);
+            e.iter_mut().for_each(|x| *x /= norm);
             project_out(cx, view, MatMut::row_major(&mut e, n, 1));
         }
-        let norm = square_norm(&e).sqrt();
+        let norm = square_norm(&e).sqrt().max(1e-300);
         e.iter_mut().for_each(|x| *x /= norm);
         super::copy(Mat::row_major(&e, n, 1), v.reborrow().col_range(j..j + 1));
     }

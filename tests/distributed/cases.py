@@ -12,6 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import orthdion
+from orthdion.sharding import local
+
+__all__ = ["LAYOUTS", "Replicate", "Shard", "errors", "full", "gradient", "local", "mesh", "randn", "same_on_all", "sharded"]
 
 #: name → (mesh shape, placements, which mesh dimension has gradients of its own)
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
@@ -60,6 +63,11 @@ def gradient(shape: tuple[int, ...], k: int, i: int, replica: int, dtype: torch.
     return (signal(shape, i) + 0.05 * noise).to(dtype)
 
 
+def sharded(t: Tensor, where: Any, placements: tuple[Any, ...]) -> Tensor:
+    """Every rank has the whole tensor and takes its part: nothing is sent."""
+    return distribute_tensor(t, where, placements, src_data_rank=None)
+
+
 def full(t: Tensor) -> Tensor:
     return t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
 
@@ -93,27 +101,27 @@ def layout_equals_one_process(layout: str, shapes, steps, dtype, options) -> tup
     shape, placements = LAYOUTS[layout]
     where = mesh(shape)
     params = [
-        torch.nn.Parameter(distribute_tensor(randn(*s, seed=5 + i, dtype=dtype), where, placements))
+        torch.nn.Parameter(sharded(randn(*s, seed=5 + i, dtype=dtype), where, placements))
         for i, s in enumerate(shapes)
     ]
     o = orthdion.OrthDion(params, lr=0.05, weight_decay=0.1, **options)
     for k in range(steps):
         for i, p in enumerate(params):
-            p.grad = distribute_tensor(gradient(shapes[i], k, i, 0, dtype), where, placements)
+            p.grad = sharded(gradient(shapes[i], k, i, 0, dtype), where, placements)
         o.step()
     expected, _ = single(shapes, steps, 1, dtype, **options)
     return errors(params, expected), same_on_all([full(p) for p in params]), o.communication()
 
 
-def replicas_equal_one_process(shapes, steps, dtype, options, sharded=False) -> tuple[float, bool, Any]:
+def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> tuple[float, bool, Any]:
     """The same for replicas with gradients of their own: plain tensors, or sharded over a second mesh dimension."""
     where = mesh((2, -1))
-    replica = where.get_local_rank(0) if sharded else dist.get_rank()
-    count = 2 if sharded else dist.get_world_size()
-    group = where["axis0"] if sharded else dist.group.WORLD
+    replica = where.get_local_rank(0) if hybrid else dist.get_rank()
+    count = 2 if hybrid else dist.get_world_size()
+    group = where["axis0"] if hybrid else dist.group.WORLD
 
     def place(t: Tensor) -> Tensor:
-        return distribute_tensor(t, where["axis1"], (Shard(0),)) if sharded else t
+        return sharded(t, where["axis1"], (Shard(0),)) if hybrid else t
 
     params = [torch.nn.Parameter(place(randn(*s, seed=5 + i, dtype=dtype))) for i, s in enumerate(shapes)]
     o = orthdion.OrthDion(params, lr=0.05, weight_decay=0.1, replicate_mesh=group, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing as mp
 import os
@@ -10,7 +11,7 @@ import traceback
 from datetime import timedelta
 from typing import Any
 
-SECONDS = 120
+SECONDS = 40
 
 
 def serve(rank: int, size: int, file: str, pipe: Any) -> None:
@@ -18,6 +19,7 @@ def serve(rank: int, size: int, file: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     store = dist.FileStore(file, size)

@@ -87,8 +87,9 @@ def complete(v: Tensor, null: Tensor, old: Tensor) -> Tensor:
     for j in index[missing].tolist():
         rest = old - v @ (v.T @ old)
         e = rest[:, rest.square().sum(0).argmax()]
-        e = e / e.norm().clamp_min(1e-300)
-        e = e - v @ (v.T @ e)
+        for _ in range(2):
+            e = e / e.norm().clamp_min(1e-300)
+            e = e - v @ (v.T @ e)
         v[:, j] = e / e.norm().clamp_min(1e-300)
     return v
 

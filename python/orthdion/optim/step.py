@@ -151,7 +151,7 @@ def _one(matrix: Matrix, o: Options, be: Reference) -> Body[Report]:
 def _arrival(matrix: Matrix, job: Job) -> Tensor:
     """Of which the maximum over ranks tells what has arrived: −1 nothing, infinity something that is not finite."""
     entry = job.entry()
-    return entry if matrix.arrived else torch.where(entry.isfinite(), -1.0, math.inf)
+    return entry if matrix.arrived else torch.where(entry.isfinite(), -torch.ones_like(entry), entry)
 
 
 def _power_of_two(largest: float, safe: float) -> float:

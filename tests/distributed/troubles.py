@@ -1,0 +1,175 @@
+"""Cases with something missing or broken on one rank."""
+
+from __future__ import annotations
+
+import math
+
+import cases
+import torch
+import torch.distributed as dist
+from cases import Shard, full, gradient, mesh, randn, same_on_all, sharded
+from torch import Tensor
+
+import orthdion
+
+SHAPES = [(12, 8), (8, 12), (6, 6, 4), (9,), (40, 4)]
+GROUPS = [{"algorithm": "dion"}, {"algorithm": "dion"}, {"algorithm": "dion"}, {"algorithm": "adamw"}, {}]
+
+
+def parameters(replicated: bool, requires=SHAPES) -> list[torch.nn.Parameter]:
+    values = [randn(*s, seed=5 + i, dtype=torch.float64) for i, s in enumerate(requires)]
+    if not replicated:
+        values = [sharded(v, mesh((-1,)), (Shard(0),)) for v in values]
+    return [torch.nn.Parameter(v) for v in values]
+
+
+def optimizer(params: list[torch.nn.Parameter], replicated: bool, **options) -> orthdion.OrthDion:
+    groups = [{"params": [p], **g} for p, g in zip(params, GROUPS, strict=False)]
+    where = {"replicate_mesh": dist.group.WORLD} if replicated else {}
+    return orthdion.OrthDion(groups, lr=0.05, weight_decay=0.1, rank_fraction=0.3, **where, **options)
+
+
+def part(g: Tensor, replicated: bool) -> Tensor:
+    return g.clone() if replicated else sharded(g, mesh((-1,)), (Shard(0),))
+
+
+def give(params: list[Tensor], k: int, replicated: bool) -> None:
+    replica = dist.get_rank() if replicated else 0
+    for i, p in enumerate(params):
+        p.grad = part(gradient(tuple(p.shape), k, i, replica, torch.float64), replicated)
+
+
+def missing_gradient(replicated: bool) -> None:
+    """None on one rank counts as zero; None everywhere leaves the parameter alone."""
+    for lost in range(len(SHAPES)):
+        params = parameters(replicated)
+        o = optimizer(params, replicated)
+        give(params, 0, replicated)
+        o.step()
+        before = [full(p).clone() for p in params]
+        give(params, 1, replicated)
+        if dist.get_rank() == 1:
+            params[lost].grad = None
+        o.step()
+        assert same_on_all([full(p) for p in params])
+        assert all(not torch.equal(full(p), b) for p, b in zip(params, before, strict=True))
+        before = [full(p).clone() for p in params]
+        give(params, 2, replicated)
+        params[lost].grad = None
+        o.step()
+        moved = [not torch.equal(full(p), b) for p, b in zip(params, before, strict=True)]
+        assert moved == [i != lost for i in range(len(SHAPES))]
+
+
+def nan_on_one_rank(replicated: bool) -> None:
+    """That parameter is left alone on every rank, counted on every rank, and moves again afterwards."""
+    for bad in range(len(SHAPES)):
+        for poison in (math.nan, math.inf):
+            params = parameters(replicated)
+            o = optimizer(params, replicated)
+            give(params, 0, replicated)
+            o.step()
+            before = [full(p).clone() for p in params]
+            give(params, 1, replicated)
+            if dist.get_rank() == 1:
+                g = cases.local(params[bad].grad)
+                g.view(-1)[-1] = poison
+            o.step()
+            moved = [not torch.equal(full(p), b) for p, b in zip(params, before, strict=True)]
+            stack = bad == 2  # one matrix of the stack is skipped, the others are not
+            assert [m for i, m in enumerate(moved) if i != bad] == [True] * (len(SHAPES) - 1)
+            assert moved[bad] == stack
+            counts = [0] * dist.get_world_size()
+            dist.all_gather_object(counts, sum(o.skipped_steps.values()))
+            assert counts[1] == 1 and (stack or set(counts) == {1}), counts
+            give(params, 2, replicated)
+            o.step()
+            assert all(bool(full(p).isfinite().all()) for p in params)
+            assert same_on_all([full(p) for p in params])
+
+
+def zero_gradient(replicated: bool) -> None:
+    """Nothing but the weight decay, and as before after it."""
+    params = parameters(replicated)
+    o = optimizer(params, replicated)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    before = [full(p).clone() for p in params]
+    q = [full(s["Q"]).clone() for s in o.state.values() if "Q" in s]
+    o.step()
+    for p, b in zip(params, before, strict=True):
+        assert torch.allclose(full(p), b * (1 - 0.05 * 0.1), rtol=1e-14, atol=0)
+    assert all(torch.equal(a, full(s["Q"])) for a, s in zip(q, [s for s in o.state.values() if "Q" in s], strict=True))
+
+
+def rank_deficient(right_factor: str) -> None:
+    """Gradients of rank 1 with r = 4: null directions, whose warm start must agree with one process's."""
+    shapes = [(16, 12), (12, 16), (40, 10)]
+
+    def low(shape: tuple[int, int], k: int, i: int) -> Tensor:
+        u, v = (randn(s, seed=40 + 3 * i + s, dtype=torch.float64) for s in shape)
+        return (1.0 + k) * torch.outer(u, v)
+
+    for placement in (Shard(0), Shard(1)):
+        params = [
+            torch.nn.Parameter(sharded(randn(*s, seed=5 + i, dtype=torch.float64), mesh((-1,)), (placement,)))
+            for i, s in enumerate(shapes)
+        ]
+        plain = [torch.nn.Parameter(full(p).clone()) for p in params]
+        both = [orthdion.OrthDion(x, right_factor=right_factor, rank_fraction=0.4) for x in (params, plain)]
+        for k in range(6):
+            for i, s in enumerate(shapes):
+                plain[i].grad = low(s, k, i)
+                params[i].grad = sharded(plain[i].grad, mesh((-1,)), (placement,))
+            for o in both:
+                o.step()
+        for p, x in zip(params, plain, strict=True):
+            assert torch.allclose(full(p), x, atol=1e-9)
+            q = full(both[0].state[p]["Q"])
+            if right_factor != "column":
+                assert torch.allclose(q.T @ q, torch.eye(q.shape[1], dtype=q.dtype), atol=1e-9)
+            assert torch.allclose(q, both[1].state[x]["Q"], atol=1e-6)
+
+
+def extreme_scales() -> None:
+    """The step does not depend on the gradient's scale, sharded as in one process."""
+    results = []
+    for scale in (1.0, 1e-30, 1e12):
+        p = torch.nn.Parameter(sharded(randn(12, 8, seed=1, dtype=torch.float32), mesh((-1,)), (Shard(0),)))
+        o = orthdion.OrthDion([p], weight_decay=0.0)
+        g = gradient((12, 8), 0, 0, 0, torch.float64)
+        p.grad = sharded((g * scale).float(), mesh((-1,)), (Shard(0),))
+        o.step()
+        results.append(full(p))
+    assert all(torch.allclose(results[0], r, atol=1e-6) for r in results)
+
+
+def refusals() -> list[str]:
+    """What cannot be handled is refused by name, before anything is built."""
+    messages = []
+    world, w = dist.group.WORLD, mesh((-1,))
+    p = torch.nn.Parameter(randn(40, 40, seed=1, dtype=torch.float32))
+    shard = torch.nn.Parameter(sharded(p.detach(), w, (Shard(0),)))
+    conv = torch.nn.Parameter(sharded(randn(200, 5, 3, 3, seed=1, dtype=torch.float32), w, (Shard(1),)))
+    qkv = torch.nn.Parameter(sharded(randn(12, 40, seed=1, dtype=torch.float32), w, (Shard(0),)))
+    two = mesh((2, -1))
+    attempts = [
+        lambda: orthdion.OrthDion([p], replicate_mesh=world, tail="normalized"),
+        lambda: orthdion.OrthDion([p], replicate_mesh=two),
+        lambda: orthdion.OrthDion([p], replicate_mesh="dp"),
+        lambda: orthdion.OrthDion([p], replicate_mesh=world, outer_shard_mesh=w),
+        lambda: orthdion.OrthDion([shard], outer_shard_mesh=two["axis0"]),
+        lambda: orthdion.OrthDion([{"params": [conv]}]),
+        lambda: orthdion.OrthDion([{"params": [qkv], "row_blocks": 3}]),
+        lambda: orthdion.decouple(torch.nn.Linear(3, 3)),
+        lambda: orthdion.OrthDion([p], replicate_mesh=world).__getstate__(),
+        lambda: orthdion.OrthDion([p], replicate_mesh_grad_sync=1),
+    ]
+    for attempt in attempts:
+        try:
+            attempt()
+            messages.append("accepted")
+        except (ValueError, TypeError, NotImplementedError) as e:
+            messages.append(f"{type(e).__name__}: {e}")
+    return messages
+
