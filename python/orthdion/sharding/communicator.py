@@ -35,10 +35,10 @@ _Course = Generator[Any, None, list[Any]]
 
 @dataclass
 class Traffic:
-    """Bytes that this rank has put into collectives: ``by_collective`` and ``by_content``, and how many there were.
+    """Bytes on the wire, ``by_collective`` and ``by_content``, and how many collectives there were.
 
-    A byte counts once a collective, whatever the algorithm beneath makes of it (a ring all-reduce of b bytes over w
-    ranks sends 2b(w − 1)/w from each).
+    The unit is the all-reduce: one of b bytes counts b, a reduce-scatter of b half of that, and so does an all-gather of
+    b bytes in all, since a ring all-reduce is one of each. A ring of w ranks sends 2(w − 1)/w of the count from each.
     """
 
     by_collective: Counter[str] = field(default_factory=Counter)
@@ -108,7 +108,7 @@ class Communicator:
         """One all-reduce for all of them."""
         first = requests[0]
         flat, dtype = self._flat([q.tensor for q in requests], first.rounded), first.tensor.dtype
-        self._count("all_reduce", requests, flat)
+        self._count("all_reduce", first.group, _numbers(requests), flat)
         op = dist.ReduceOp.MAX if first.op == "max" else dist.ReduceOp.SUM
         yield dist.all_reduce(flat, op=op, group=first.group.handle, async_op=True)
         parts = _split(flat.to(dtype), [q.tensor.shape for q in requests])
@@ -119,42 +119,42 @@ class Communicator:
         group = requests[0].group
         flat = self._flat([q.tensor for q in requests], False)
         out = flat.new_empty(group.size * flat.numel())
-        self._count("all_gather", requests, flat)
+        self._count("all_gather", group, _numbers(requests), flat)
         yield dist.all_gather_into_tensor(out, flat, group=group.handle, async_op=True)
         ranks = [_split(part, [q.tensor.shape for q in requests]) for part in out.view(group.size, -1)]
         return [torch.stack(parts) for parts in zip(*ranks, strict=True)]
 
     def factorize(self, requests: list[Factorize]) -> _Course:
         """Reduce-scatter to each matrix's owner, the work there, all-gather; or all-reduce, and the work everywhere."""
-        group, dtype = requests[0].group, requests[0].tensor.dtype
+        group = requests[0].group
         owners = _owners([q.tensor.numel() for q in requests], group.size)
         shares = [[q for q, o in zip(requests, owners, strict=True) if o == rank] for rank in range(group.size)]
         longest = max(sum(q.tensor.numel() for q in share) for share in shares)
-        if longest * group.size > _PADDING * sum(q.tensor.numel() for q in requests):
+        # A factor that was rounded on its way back would not be orthonormal: then only the sums are.
+        if self._reduce_dtype is not None or longest * group.size > _PADDING * sum(q.tensor.numel() for q in requests):
             plain = [Reduce(q.tensor, group, q.what, q.divisor, rounded=True) for q in requests]
             reduced = yield from self.reduce(plain)
             return [(*q.work(a), a) for q, a in zip(requests, reduced, strict=True)]
 
-        rows = [self._flat([q.tensor for q in share], True) for share in shares]
+        like = requests[0].tensor
+        rows = [torch.cat([like.new_empty(0), *(q.tensor.reshape(-1) for q in share)]) for share in shares]
         flat = torch.stack([_padded(row, longest) for row in rows])
         mine = flat.new_empty(longest)
-        self._count("reduce_scatter", requests, flat)
+        self._count("reduce_scatter", group, _numbers(requests), flat)
         yield dist.reduce_scatter_tensor(mine, flat.view(-1), group=group.handle, async_op=True)
 
         own = shares[group.index]
-        parts = _split(mine.to(dtype), [q.tensor.shape for q in own])
+        parts = _split(mine, [q.tensor.shape for q in own])
         done = [_triple(a if q.divisor == 1 else a / q.divisor, q.work) for q, a in zip(own, parts, strict=True)]
         thick = [[q.tensor.shape for q in share] for share in shares]
-        # Null flags and T, r + r² numbers a matrix, travel in double; V as P and R do.
+        # Null flags and T: r + r² numbers a matrix, in double.
         thin = [[torch.Size((s[1] + s[1] ** 2,)) for s in row] for row in thick]
-        tall = yield from self._exchange([v for v, _ in done], thick, owners, own, group, requests[0].what, flat)
-        small = yield from self._exchange(
-            [x for _, x in done], thin, owners, own, group, requests[0].what, flat.double()
-        )
+        tall = yield from self._exchange([v for v, _ in done], thick, owners, group, requests[0].what, flat)
+        small = yield from self._exchange([x for _, x in done], thin, owners, group, "triangles", flat.double())
         answers = []
         for v, x in zip(tall, small, strict=True):
-            null, t = x[: v.shape[1]] != 0, x[v.shape[1] :].view(v.shape[1], -1)
-            answers.append((v.to(dtype), null, (v.to(dtype) @ t.to(dtype))))
+            r = v.shape[1]
+            answers.append((v, x[:r] != 0, v @ x[r:].view(r, r).to(v.dtype)))
         return answers
 
     def _exchange(
@@ -162,35 +162,38 @@ class Communicator:
         tensors: list[Tensor],
         shapes: list[list[torch.Size]],
         owners: list[int],
-        own: list[Factorize],
         group: Group,
-        otherwise: str,
+        what: str,
         like: Tensor,
     ) -> _Course:
         """An all-gather of what each rank has of its matrices, in the order of the matrices."""
         width = max(sum(shape.numel() for shape in row) for row in shapes)
-        flat = torch.cat([t.reshape(-1).to(like.dtype) for t in tensors]) if tensors else like.new_empty(0)
-        flat = _padded(flat, width)
+        flat = _padded(torch.cat([like.new_empty(0), *(t.reshape(-1) for t in tensors)]), width)
         out = like.new_empty(group.size * width)
-        self._count("all_gather", own, flat, otherwise)
+        self._count("all_gather", group, {what: 1}, flat)
         yield dist.all_gather_into_tensor(out, flat, group=group.handle, async_op=True)
         split = [_split(part, row) for part, row in zip(out.view(group.size, -1), shapes, strict=True)]
         return _in_order(split, owners)
 
     def _flat(self, tensors: list[Tensor], rounded: bool) -> Tensor:
-        flat = torch.cat([t.reshape(-1) for t in tensors]) if tensors else torch.empty(0)
+        flat = torch.cat([t.reshape(-1) for t in tensors])
         return flat.to(self._reduce_dtype) if rounded and self._reduce_dtype is not None else flat
 
-    def _count(self, collective: str, requests: Sequence[Request], flat: Tensor, otherwise: str = "") -> None:
+    def _count(self, collective: str, group: Group, numbers: dict[str, int], flat: Tensor) -> None:
         """Shares a buffer's bytes, padding included, out to what is in it."""
-        numbers = Counter[str]()
-        for q in requests:
-            numbers[q.what] += q.tensor.numel()
-        total, size = max(sum(numbers.values()), 1), flat.numel() * flat.element_size()
+        twice = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": group.size}[collective]
+        size, total = twice * flat.numel() * flat.element_size() // 2, max(sum(numbers.values()), 1)
         content = {what: size * n // total for what, n in numbers.items()}
-        if content:
-            content[next(iter(content))] += size - sum(content.values())
-        self.traffic.add(collective, content or {otherwise: size})
+        content[next(iter(content))] += size - sum(content.values())
+        self.traffic.add(collective, content)
+
+
+def _numbers(requests: Sequence[Request]) -> dict[str, int]:
+    """How many numbers of each content."""
+    count = Counter[str]()
+    for q in requests:
+        count[q.what] += q.tensor.numel()
+    return count
 
 
 def _triple(a: Tensor, work: Work) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,44 @@
+"""Bytes on the wire are what the algebra says, in every layout."""
+
+import cases
+import pytest
+import traffic
+
+SHAPES = [(32, 24)] * 8
+R = 6
+
+
+def expected(layout, size):
+    """Bytes of factors for each matrix and rank: P travels where columns are split or replicas differ, R where rows."""
+    m, n = SHAPES[0]
+    if layout is None:
+        return 4 * (m + n) * R
+    if layout in ("replicated",):
+        return 0
+    rows = {"fsdp": size, "fsdp+tp": 2, "tp+fsdp": size // 2, "both on rows": size, "hsdp": size // 2}.get(layout, 1)
+    cols = {"columns": size, "fsdp+tp": size // 2, "tp+fsdp": 2}.get(layout, 1)
+    return 4 * R * ((m // rows if cols > 1 else 0) + (n // cols if rows > 1 else 0))
+
+
+@pytest.mark.parametrize("layout", [None, *cases.LAYOUTS])
+@pytest.mark.parametrize("right_factor", ["qr", "column"])
+def test_factors_count_their_words_and_the_rest_is_small(world, layout, right_factor):
+    options = {"rank_fraction": 0.25, "right_factor": right_factor}
+    for total, content in world(4).run(traffic.sent, layout, SHAPES, options):
+        factors = content.get("P", 0) + content.get("R", 0)
+        assert factors == expected(layout, 4) * len(SHAPES)
+        # Gram matrices or triangles in double, at most four of them; norms; a flag.
+        assert total - factors <= len(SHAPES) * 8 * (4 * R * R + 4 * R + 1)
+
+
+def test_where_factors_would_be_larger_the_gradient_travels(world):
+    m, n = SHAPES[0]
+    for total, content in world(2).run(traffic.sent, None, SHAPES, {"rank_fraction": 1.0}):
+        assert content["gradient"] == 4 * m * n * len(SHAPES)
+        assert total - content["gradient"] <= 8 * (len(SHAPES) + 2 * len(SHAPES))
+
+
+def test_bfloat16_on_the_wire_halves_the_factors(world):
+    for half, whole, distance in world(2).run(traffic.rounded_on_the_wire):
+        assert 2 * half == whole
+        assert 0.0 < distance < 1e-2

@@ -1,0 +1,50 @@
+"""Cases about bytes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from cases import LAYOUTS, gradient, mesh, randn, same_on_all, sharded
+
+import orthdion
+
+
+def sent(layout: str | None, shapes, options) -> tuple[int, dict[str, int]]:
+    """Bytes of one step after two, and by content. Layout None: replicas with gradients of their own."""
+    dtype = torch.float32
+    if layout is None:
+        params = [torch.nn.Parameter(randn(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes)]
+        options = {**options, "replicate_mesh": dist.group.WORLD}
+    else:
+        shape, placements = LAYOUTS[layout]
+        params = [
+            torch.nn.Parameter(sharded(randn(*s, seed=i, dtype=dtype), mesh(shape), placements))
+            for i, s in enumerate(shapes)
+        ]
+    o = orthdion.OrthDion(params, lr=0.01, **options)
+    for k in range(3):
+        for i, p in enumerate(params):
+            g = gradient(shapes[i], k, i, dist.get_rank() if layout is None else 0, dtype).clone()
+            p.grad = g if layout is None else sharded(g, mesh(shape), placements)
+        o.step()
+    count = o.communication()
+    assert count.steps == 3 and count.total.bytes >= count.last_step.bytes
+    assert sum(count.last_step.by_content.values()) == sum(count.last_step.by_collective.values())
+    assert "bytes" in str(count)
+    return count.last_step.bytes, dict(count.last_step.by_content)
+
+
+def rounded_on_the_wire() -> tuple[int, int, float]:
+    """Bytes of factors in bfloat16 and in float32, and how far the weights are apart after a few steps."""
+    results, sizes = [], []
+    for reduce_dtype in (torch.bfloat16, None):
+        p = torch.nn.Parameter(randn(96, 64, seed=1, dtype=torch.float32))
+        o = orthdion.OrthDion([p], replicate_mesh=dist.group.WORLD, rank_fraction=0.1, reduce_dtype=reduce_dtype)
+        for k in range(5):
+            p.grad = gradient((96, 64), k, 0, dist.get_rank(), torch.float32).clone()
+            o.step()
+        assert same_on_all([p])
+        results.append(p.detach())
+        content = o.communication().last_step.by_content
+        sizes.append(content["P"] + content["R"])
+    return sizes[0], sizes[1], float((results[0] - results[1]).norm() / results[1].norm())
