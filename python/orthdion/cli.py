@@ -145,14 +145,30 @@ def train(
     schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant.", show_default=False)] = None,
     eval_every: EvalEvery = None,
     checkpoint_every: CheckpointEvery = None,
+    parallel: Annotated[
+        str | None, typer.Option(help="Over several processes: ddp, fsdp, tp, hsdp or fsdp+tp.", show_default=False)
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--launch", help="Start so many processes on this machine.", show_default=False)
+    ] = None,
 ) -> None:
     """Train a small GPT on real text. Options left out are the preset's."""
     from .train import train as run
+    from .train.parallel import Parallel, launch
 
     config = _config(dict(locals()))
-    with _watch(optimizer, config.steps) as progress:
-        result = run(config, path=data, out=out, resume=resume, device=_device(device), progress=progress)
+    if processes is not None and "RANK" not in os.environ:
+        raise SystemExit(launch(processes, sys.argv[1:]))
+    spread = Parallel.start(parallel, _device(device))
+    console.quiet = spread.rank > 0
+    try:
+        with _watch(optimizer, config.steps) as progress:
+            result = run(config, path=data, out=out, resume=resume, parallel=spread, progress=progress)
+    finally:
+        spread.finish()
     _print([result])
+    if spread.rank > 0:
+        return
     if out is not None:
         from .train.compare import plot
 

@@ -86,6 +86,8 @@ def param_groups(
         ValueError: a pattern that matches nothing, a vector forced into the low-rank algorithm, a missing ``lr``.
         TypeError: if ``model`` is no module.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, not {type(model).__name__}; pass the model, not its parameters"
@@ -149,7 +151,7 @@ def _decide(
         return other, f"{kind}: no matrix, no decay"
     if _is_head(name, p, modules, model):
         return {"algorithm": scalar}, "head: rows are classes, not features"
-    if any(type(m).__name__ == "Conv1D" for m in modules):
+    if any(type(m).__name__ in ("Conv1D", "FSDPConv1D") for m in modules):
         # Its rows and columns, and so the step's scale, would be taken the wrong way.
         return {"algorithm": scalar}, "transformers' Conv1D keeps (in, out): not stepped as a matrix"
     if not any(isinstance(m, (nn.Linear, *_CONV)) for m in modules):

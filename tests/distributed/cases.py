@@ -14,7 +14,19 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import orthdion
 from orthdion.sharding import local
 
-__all__ = ["LAYOUTS", "Replicate", "Shard", "errors", "full", "gradient", "local", "mesh", "randn", "same_on_all", "sharded"]
+__all__ = [
+    "LAYOUTS",
+    "Replicate",
+    "Shard",
+    "errors",
+    "full",
+    "gradient",
+    "local",
+    "mesh",
+    "randn",
+    "same_on_all",
+    "sharded",
+]
 
 #: name → (mesh shape, placements, which mesh dimension has gradients of its own)
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
@@ -84,7 +96,10 @@ def single(shapes, steps, replicas, dtype, kind="OrthDion", start=0, **options):
 
 
 def errors(params: list[Tensor], expected: list[Tensor]) -> float:
-    return max(float((full(p) - full(q)).norm() / full(q).norm().clamp_min(1e-30)) for p, q in zip(params, expected, strict=True))
+    return max(
+        float((full(p) - full(q)).norm() / full(q).norm().clamp_min(1e-30))
+        for p, q in zip(params, expected, strict=True)
+    )
 
 
 def same_on_all(tensors: list[Tensor], group: Any = None) -> bool:
@@ -101,8 +116,7 @@ def layout_equals_one_process(layout: str, shapes, steps, dtype, options) -> tup
     shape, placements = LAYOUTS[layout]
     where = mesh(shape)
     params = [
-        torch.nn.Parameter(sharded(randn(*s, seed=5 + i, dtype=dtype), where, placements))
-        for i, s in enumerate(shapes)
+        torch.nn.Parameter(sharded(randn(*s, seed=5 + i, dtype=dtype), where, placements)) for i, s in enumerate(shapes)
     ]
     o = orthdion.OrthDion(params, lr=0.05, weight_decay=0.1, **options)
     for k in range(steps):
@@ -131,4 +145,3 @@ def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> t
         o.step()
     expected, _ = single(shapes, steps, count, dtype, **options)
     return errors(params, expected), same_on_all([full(p) for p in params]), o.communication()
-

@@ -172,4 +172,3 @@ def refusals() -> list[str]:
         except (ValueError, TypeError, NotImplementedError) as e:
             messages.append(f"{type(e).__name__}: {e}")
     return messages
-

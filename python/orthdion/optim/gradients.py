@@ -34,7 +34,7 @@ def check(name: str, p: Tensor) -> None:
 
 
 def gradient(p: Tensor) -> Tensor | None:
-    """This rank's part of the gradient, placed as the parameter is."""
+    """The rank's part of the gradient, placed as the parameter is."""
     g = p.grad
     if g is None or local(p) is p:
         return g

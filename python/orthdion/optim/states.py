@@ -26,7 +26,7 @@ class Spec:
     width: int = 1
 
     def part(self, whole: Tensor, placed: Placed) -> Tensor:
-        """This rank's part of the whole state."""
+        """The rank's part of the whole state."""
         for axis, own in self.axes.items():
             start, stop = placed.ranges[axis]
             whole = whole.narrow(own, start * self.width, (stop - start) * self.width)
@@ -64,8 +64,8 @@ def specs(name: str, p: Tensor, group: dict[str, Any], placed: Placed, r: int, f
     divided = [a for a, (start, stop) in enumerate(placed.ranges) if any(s.is_shard(a) for s in placed.placements)]
     if flip and group["row_blocks"] > 1 and 0 in divided:
         raise NotImplementedError(
-            f"{name}: its {group['row_blocks']} blocks of {m} rows are wider than tall, and its rows are sharded; shard "
-            "its columns, or give its group row_blocks=1"
+            f"{name}: its {group['row_blocks']} blocks of {m} rows are wider than tall, and its rows are sharded; "
+            "shard its columns, or give its group row_blocks=1"
         )
     if not flip and p.ndim > 2 and not stacked and (late := [a for a in divided if a > 0]):
         parts = 1

@@ -1,4 +1,4 @@
-"""The step of Dion's family, written once, over primitives and a communicator (docs/algorithms.md, sections 1 to 3b, 7).
+"""The step of Dion's family, written once, over primitives and a communicator (docs/algorithms.md, 1 to 3b and 7).
 
 ::
 

@@ -1,7 +1,7 @@
 """Tall matrices whose rows lie on several ranks, reduced to small ones (docs/algorithms.md, sections 4 and 7).
 
-``A = E·S`` with orthonormal columns of E, which stay where A's rows are, and a small S that every rank has. QR, the polar
-factor, null directions and completions do not depend on the orthonormal basis that a matrix is written in, so
+``A = E·S`` with orthonormal columns of E, which stay where A's rows are, and a small S that every rank has. QR, the
+polar factor, null directions and completions do not depend on the orthonormal basis that a matrix is written in, so
 ``f(A) = E·f(S)``: the primitives serve S as they would have served A.
 """
 
@@ -26,7 +26,7 @@ class Tall:
     first: int = 0
 
     def expand(self, f: Tensor) -> Tensor:
-        """This rank's rows of ``E·f``."""
+        """The rank's rows of ``E·f``."""
         return self.basis @ f[self.first : self.first + self.basis.shape[1]].to(self.basis.dtype)
 
 

@@ -37,8 +37,8 @@ _Course = Generator[Any, None, list[Any]]
 class Traffic:
     """Bytes on the wire, ``by_collective`` and ``by_content``, and how many collectives there were.
 
-    The unit is the all-reduce: one of b bytes counts b, a reduce-scatter of b half of that, and so does an all-gather of
-    b bytes in all, since a ring all-reduce is one of each. A ring of w ranks sends 2(w − 1)/w of the count from each.
+    The unit is the all-reduce: one of b bytes counts b, a reduce-scatter of b half of that, and so does an all-gather
+    of b bytes in all, since a ring all-reduce is one of each. In a ring of w ranks each sends 2(w − 1)/w of the count.
     """
 
     by_collective: Counter[str] = field(default_factory=Counter)

@@ -1,7 +1,5 @@
 """DistributedDataParallel without its all-reduce: gradients stay each replica's own until the optimizer's step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +33,6 @@ class Replicas:
             )
 
 
-def _keep(state: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-    """A communication hook that communicates nothing."""
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
 def decouple(model: nn.Module) -> Replicas:
     """Stops a DDP model from averaging gradients, so that the optimizer can send factors instead.
 
@@ -63,8 +54,18 @@ def decouple(model: nn.Module) -> Replicas:
     """
     if not (dist.is_available() and isinstance(model, nn.parallel.DistributedDataParallel)):
         raise TypeError(
-            f"model must be a DistributedDataParallel, not {type(model).__name__}; FSDP2 and tensor-parallel models need "
-            "no preparation"
+            f"model must be a DistributedDataParallel, not {type(model).__name__}; FSDP2 and tensor-parallel "
+            "models need no preparation"
         )
-    model.register_comm_hook(None, _keep)
+
+    # torch reads the annotations of a hook, so they must be types, not strings.
+    def keep(
+        state: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model.register_comm_hook(None, keep)
     return Replicas(model, model.process_group)

@@ -1,9 +1,9 @@
 """A parameter's layout, read off its DTensor placements (docs/algorithms.md, section 7).
 
-Each axis of a parameter plays a role in its matrices: *rows*, *columns*, or *batch* (the stacked axis of experts). Ranks
-that hold other parts of the rows are the group ``rows``, those with other columns ``cols``; ranks along the batch axis
-have nothing to tell each other. Ranks with copies and gradients of their own are ``replicas``; where copies come with
-equal gradients (plain DDP, HSDP, tensor-parallel norms) there is nothing to reduce and so no group.
+Each axis of a parameter plays a role in its matrices: *rows*, *columns*, or *batch* (the stacked axis of experts).
+Ranks that hold other parts of the rows are the group ``rows``, those with other columns ``cols``; ranks along the batch
+axis have nothing to tell each other. Ranks with copies and gradients of their own are ``replicas``; where copies come
+with equal gradients (plain DDP, HSDP, tensor-parallel norms) there is nothing to reduce and so no group.
 """
 
 from __future__ import annotations

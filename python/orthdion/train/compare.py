@@ -16,6 +16,7 @@ from . import checkpoint, data
 from .config import TrainConfig
 from .gpt import GPT
 from .loop import Progress, Result, train
+from .parallel import Parallel
 from .recipes import RECIPES, build
 
 __all__ = ["best", "compare", "plot", "report"]
@@ -63,10 +64,12 @@ def compare(
             run = config.with_(optimizer=name, lr=lr)
             folder = out / label if out else None
             if watch is None:
-                results.append(train(run, corpus=corpus, out=folder, device=device))
+                results.append(train(run, corpus=corpus, out=folder, parallel=Parallel(device=device)))
                 continue
             with watch(label) as progress:
-                results.append(train(run, corpus=corpus, out=folder, device=device, progress=progress))
+                results.append(
+                    train(run, corpus=corpus, out=folder, parallel=Parallel(device=device), progress=progress)
+                )
     if out is not None:
         text = json.dumps(finite(report(results, corpus.source)), indent=1, allow_nan=False)
         checkpoint.write_atomically(out / "comparison.json", lambda f: f.write(text.encode()))

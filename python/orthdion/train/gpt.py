@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT"]
+__all__ = ["GPT", "loss_of"]
 
 VOCABULARY = 256
 
@@ -24,12 +24,12 @@ class _Attention(nn.Module):
         b, t, d = x.shape
 
         def split(y: Tensor) -> Tensor:  # (batch, heads, context, width / heads)
-            return y.view(b, t, self.heads, d // self.heads).transpose(1, 2)
+            return y.view(b, t, -1, d // self.heads).transpose(1, 2)  # of this rank's heads
 
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         q, k = (_rotate(F.rms_norm(y, (y.shape[-1],)), rotation) for y in (q, k))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        out: Tensor = self.output(y.transpose(1, 2).reshape(b, t, d))
+        out: Tensor = self.output(y.transpose(1, 2).flatten(2))
         return out
 
 
@@ -98,6 +98,7 @@ class GPT(nn.Module):
         logits: Tensor = self.head(self.norm(x))
         return logits
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy in nats a byte."""
-        return F.cross_entropy(self(inputs).flatten(0, 1).float(), targets.flatten())
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy in nats a byte."""
+    return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())

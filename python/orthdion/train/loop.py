@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checkpoint, data
+from ..optim.lowrank import LowRankOptimizer
+from . import checkpoint, data, sharded
 from .config import TrainConfig, learning_rate
-from .gpt import GPT
+from .gpt import GPT, loss_of
+from .parallel import ONE, Parallel
 from .recipes import RECIPES, build, state_bytes
 
 __all__ = ["Result", "train"]
@@ -48,7 +50,7 @@ def train(
     path: str | Path | None = None,
     out: Path | None = None,
     resume: bool = False,
-    device: str = "cpu",
+    parallel: Parallel = ONE,
     progress: Progress | None = None,
 ) -> Result:
     """Trains a GPT.
@@ -58,8 +60,9 @@ def train(
         corpus: the text; None loads ``path``.
         path: a text file or a folder; None is the standard library.
         out: a folder for ``checkpoint.pt`` and ``metrics.jsonl``; None writes nothing.
-        resume: continue from ``out``'s checkpoint. The rest of the run is the same, bit for bit, as without the break.
-        device: where to train.
+        resume: continue from ``out``'s checkpoint. The rest of the run is the same, bit for bit, as without the break;
+            over several processes to rounding, as another number of them or another layout may continue.
+        parallel: the device, and how the run is spread over processes.
         progress: called after each step.
 
     Raises:
@@ -68,7 +71,8 @@ def train(
     corpus = corpus or data.load(path, config.context)
     if config.lr is None and config.optimizer in RECIPES:
         config = config.with_(lr=RECIPES[config.optimizer].lr)
-    model = GPT(config.width, config.layers, config.heads, config.context, config.seed).to(device)
+    device, alone = parallel.device, parallel.mode is None
+    model = parallel.wrap(GPT(config.width, config.layers, config.heads, config.context, config.seed).to(device))
     optimizers = build(model, config)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     rows: list[dict[str, Any]] = []
@@ -76,13 +80,19 @@ def train(
     if resume:
         if out is None:
             raise ValueError("resume needs out, the folder of the run to continue")
-        first = _restore(checkpoint.load(out / "checkpoint.pt"), config, corpus, model, optimizers)
+        whole = not (out / "latest.json").is_file()
+        state = checkpoint.load(out / "checkpoint.pt") if whole else sharded.load_meta(out)
+        first = _check(state, config, corpus)
+        if whole:
+            sharded.load_whole(state, model, optimizers)
+        else:
+            sharded.load(out, state, model, optimizers)
         rows = checkpoint.read_metrics(out / "metrics.jsonl", below=first)
-    elif out is not None:
-        for name in ("checkpoint.pt", "metrics.jsonl"):  # a later --resume must not find another run's
+    elif out is not None and parallel.rank == 0:
+        for name in ("checkpoint.pt", "latest.json", "metrics.jsonl"):  # a later --resume must not find another run's
             (out / name).unlink(missing_ok=True)
     before_break = rows[-1]["seconds"] if rows else 0.0
-    metrics = _Metrics(out, rows)
+    metrics = _Metrics(out if parallel.rank == 0 else None, rows)
     inputs, targets = (t.to(device) for t in corpus.evaluation(config.eval_windows, config.context))
     spent = optimizer_time = 0.0
     loss = float("nan")
@@ -91,9 +101,9 @@ def train(
         for o, rates in zip(optimizers, base, strict=True):
             for group, rate in zip(o.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate(config, step)
-        loss = _gradients(model, corpus, config, step, device)
+        loss = _gradients(model, corpus, config, step, parallel)
         if config.clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            _clip(model, optimizers, config.clip, alone)
         before = time.perf_counter()
         for o in optimizers:
             o.step()
@@ -117,8 +127,12 @@ def train(
                 }
             )
         if out is not None and (done % config.checkpoint_every == 0 or done == config.steps):
-            state = {"step": done, "config": asdict(config), "text": corpus.checksum(), "model": model.state_dict()}
-            checkpoint.save(out / "checkpoint.pt", {**state, "optimizers": [o.state_dict() for o in optimizers]})
+            state = {"step": done, "config": asdict(config), "text": corpus.checksum()}
+            if alone:
+                states = [o.state_dict() for o in optimizers]
+                checkpoint.save(out / "checkpoint.pt", {**state, "model": model.state_dict(), "optimizers": states})
+            else:
+                sharded.save(out, state, model, optimizers)
     steps = max(config.steps - first, 1)
     last = metrics.rows[-1] if metrics.rows else {"loss": loss, "validation": _evaluate(model, inputs, targets)}
     return Result(
@@ -134,30 +148,37 @@ def train(
     )
 
 
-def _gradients(model: GPT, corpus: data.Corpus, config: TrainConfig, step: int, device: str) -> float:
+def _gradients(model: nn.Module, corpus: data.Corpus, config: TrainConfig, step: int, parallel: Parallel) -> float:
     """Accumulates the step's gradients; returns the mean loss."""
     model.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=parallel.device)
     for micro in range(config.accumulate):
         inputs, targets = corpus.batch(config.batch, config.context, config.seed, step, micro)
-        loss = model.loss(inputs.to(device), targets.to(device)) / config.accumulate
+        loss = loss_of(model, parallel.part(inputs), parallel.part(targets)) / config.accumulate
         loss.backward()
         total += loss.detach()
-    return float(total)
+    return parallel.mean(total)
+
+
+def _clip(model: nn.Module, optimizers: list[Optimizer], most: float, alone: bool) -> None:
+    """By the norm of all gradients together, whole or sharded; the mean of replicas' norms where factors are sent."""
+    if not alone and isinstance(optimizers[0], LowRankOptimizer):
+        optimizers[0].clip_grad_norm_(most)
+    else:
+        nn.utils.clip_grad_norm_(model.parameters(), most)
 
 
 @torch.no_grad()
-def _evaluate(model: GPT, inputs: Tensor, targets: Tensor, size: int = 64) -> float:
+def _evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, size: int = 64) -> float:
     model.eval()
     parts = zip(inputs.split(size), targets.split(size), strict=True)
-    total = sum(float(model.loss(x, y)) * len(x) for x, y in parts)
+    total = sum(float(loss_of(model, x, y)) * len(x) for x, y in parts)
     model.train()
     return total / len(inputs)
 
 
-def _restore(
-    state: dict[str, Any], config: TrainConfig, corpus: data.Corpus, model: GPT, optimizers: list[Optimizer]
-) -> int:
+def _check(state: dict[str, Any], config: TrainConfig, corpus: data.Corpus) -> int:
+    """The step that a checkpoint stands at, if it is of this run."""
     saved, wanted = state["config"], asdict(config)
     changed = [k for k in wanted if k not in ("eval_every", "checkpoint_every") and saved.get(k) != wanted[k]]
     if changed:
@@ -167,9 +188,6 @@ def _restore(
         )
     if state["text"] != corpus.checksum():
         raise ValueError(f"resume: the checkpoint was trained on another text than {corpus.source}; pass its --data")
-    model.load_state_dict(state["model"])
-    for o, s in zip(optimizers, state["optimizers"], strict=True):
-        o.load_state_dict(s)
     return int(state["step"])
 
 

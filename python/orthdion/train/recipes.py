@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..grouping import param_groups
 from ..optim import Dion, OrthDion
+from ..sharding import decouple, local
 from .config import TrainConfig
 
 __all__ = ["RECIPES", "Recipe", "build", "state_bytes"]
@@ -32,6 +33,8 @@ def _family(
 ) -> Callable[[nn.Module, TrainConfig, float], list[Optimizer]]:
     def make(model: nn.Module, config: TrainConfig, lr: float) -> list[Optimizer]:
         groups = param_groups(model, scalar_lr=config.scalar_lr)
+        # Tails need averaged gradients; without one, factors are averaged in their place.
+        apart = isinstance(model, nn.parallel.DistributedDataParallel) and options.get("tail", "feedback") == "feedback"
         return [
             kind(
                 groups,
@@ -39,6 +42,7 @@ def _family(
                 rank_fraction=config.rank_fraction,
                 weight_decay=config.weight_decay,
                 seed=config.seed,
+                replicate_mesh=decouple(model) if apart else None,
                 **options,
             )
         ]
@@ -103,6 +107,6 @@ def build(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 
 
 def state_bytes(optimizers: list[Optimizer]) -> int:
-    """Bytes of all state tensors."""
-    states = (t for o in optimizers for s in o.state.values() for t in s.values())
+    """Bytes of all state tensors, on this rank."""
+    states = (local(t) for o in optimizers for s in o.state.values() for t in s.values())
     return sum(t.numel() * t.element_size() for t in states if isinstance(t, torch.Tensor))
