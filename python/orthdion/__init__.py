@@ -2,9 +2,9 @@
 
 from . import diagnostics, linalg
 from .grouping import ParamGroups, param_groups
-from .optim import Dion, OrthDion
+from .optim import CurvaDion, Dion, OrthDion
 from .sharding import decouple
 
 __version__ = "0.1.0"
 
-__all__ = ["Dion", "OrthDion", "ParamGroups", "decouple", "diagnostics", "linalg", "param_groups"]
+__all__ = ["CurvaDion", "Dion", "OrthDion", "ParamGroups", "decouple", "diagnostics", "linalg", "param_groups"]

@@ -83,7 +83,9 @@ def test_the_initialising_step_of_torchs_checkpoints_changes_nothing(world, mode
 def test_the_command_line_launches_processes_and_says_what_it_cannot_do(tmp_path):
     command = [sys.executable, "-m", "orthdion.cli", "train", "--steps", "2", "--width", "32", "--layers", "1"]
     command += ["--heads", "2", "--context", "16", "--batch", "4", "--out", str(tmp_path), "--data", str(runs.TEXT)]
-    done = subprocess.run([*command, "--launch", "2", "--parallel", "fsdp"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--launch", "2", "--parallel", "fsdp"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation loss") == 1 and (tmp_path / "loss.png").is_file()
     for more, words in ((["--parallel", "fsdp"], "--launch"), (["--parallel", "zero"], "hsdp")):

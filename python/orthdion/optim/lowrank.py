@@ -21,7 +21,10 @@ from .hyper import check_group, feedback_numbers, number, unpack_betas
 from .saving import SavedOptimizer
 from .step import Matrix, Options, Report, step
 
-__all__ = ["Communication", "LowRankOptimizer"]
+__all__ = ["Communication", "Given", "LowRankOptimizer"]
+
+#: A parameter, its group, this rank's gradient if it has one, and where its matrices lie.
+Given = tuple[Tensor, dict[str, Any], Tensor | None, Layout]
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,10 @@ class LowRankOptimizer(SavedOptimizer):
         self._check_tail(name, group, self._layout(p, group, placed, r))
         return state, placed
 
+    def _layout_of(self, p: Tensor, group: dict[str, Any]) -> Layout:
+        q = self.state[p].get("Q")
+        return self._layout(p, group, self._where(p, group), q.shape[-1] if q is not None else 0)
+
     def _layout(self, p: Tensor, group: dict[str, Any], placed: Placed, r: int) -> Layout:
         """Where the matrices lie; over replicas, factors travel if they are smaller than the gradient (section 7)."""
         if placed.layout.replicas.size == 1 or group["algorithm"] != "dion":
@@ -239,12 +246,21 @@ class LowRankOptimizer(SavedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        local_gradients = self._gradients()
+        given = self._gradients()
         self._reports.clear()
+        self._advance(given)
+        for group in self.param_groups:
+            group["step"] += 1
+        self._comm.close_step()
+        self._count_skipped()
+        return loss
+
+    def _advance(self, given: list[Given]) -> None:
+        """Steps the parameters whose gradients are given."""
         copies = views.Copies([])
         lowrank: dict[str, list[tuple[Tensor, Matrix, Options]]] = {}
         rest: dict[str, list[tuple[Tensor, tuple[Tensor, ...], Rule]]] = {}
-        for p, group, g, at in self._arrived(local_gradients):
+        for p, group, g, at in self._arrived(given):
             backend = choose(self._backend, p.device, p.dtype)[0]
             if group["algorithm"] == "dion":
                 o, arrived = self._options(group), g is not None
@@ -265,20 +281,14 @@ class LowRankOptimizer(SavedOptimizer):
                 if not skip and "step" in self.state[p]:
                     self.state[p]["step"] += 1
         copies.write_back()
-        for group in self.param_groups:
-            group["step"] += 1
-        self._comm.close_step()
-        self._count_skipped()
-        return loss
 
-    def _gradients(self) -> list[tuple[Tensor, dict[str, Any], Tensor | None, Layout]]:
+    def _gradients(self) -> list[Given]:
         """Every parameter's local gradient, all checked; those that no rank can miss one of are left out."""
         result = []
         for group in self.param_groups:
             unpack_betas(group)
             for p in group["params"]:
-                q = self.state[p].get("Q")
-                at = self._layout(p, group, self._where(p, group), q.shape[-1] if q is not None else 0)
+                at = self._layout_of(p, group)
                 if p.grad is None and at.domain.size == 1:
                     continue
                 for key, value in self.state[p].items():  # the model may have been moved after construction
@@ -290,9 +300,7 @@ class LowRankOptimizer(SavedOptimizer):
                 result.append((p, group, gradients.gradient(p), at))
         return result
 
-    def _arrived(
-        self, given: list[tuple[Tensor, dict[str, Any], Tensor | None, Layout]]
-    ) -> list[tuple[Tensor, dict[str, Any], Tensor | None, Layout]]:
+    def _arrived(self, given: list[Given]) -> list[Given]:
         """The gradients to step with: averaged over replicas where factors are not, and agreed upon by all ranks."""
         if not self._comm.steps:
             compressed = [(g, at) for _, _, g, at in given if at.compressed and g is not None]
@@ -300,7 +308,7 @@ class LowRankOptimizer(SavedOptimizer):
                 warnings.warn(
                     "gradients arrive already synchronised: every replica has the same ones, so sending factors saves "
                     "nothing; build replicate_mesh with orthdion.decouple(ddp), or drop replicate_mesh",
-                    stacklevel=5,
+                    stacklevel=6,
                 )
         ready, bodies, waiting = [], [], []
         for p, group, g, at in given:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from ..sharding import Body, Communicator, Group, Meshes, Placed, Reduce, local, meet, place, roles
+from ..sharding import Communicator, Meshes, Placed, local, mean_over, meet, place, roles
 from . import states
 
 __all__ = ["SavedOptimizer"]
@@ -53,14 +53,14 @@ class SavedOptimizer(Optimizer):
         """
         if not self._drifted:
             return
+        meet(self._meshes.replicas, "state_dict() averages the replicas' momenta, so every rank must call it")
         bodies, targets = [], []
         for group in self.param_groups:
             for p in group["params"]:
                 at = self._where(p, group).layout
                 if group["algorithm"] == "dion" and at.replicas.size > 1:
                     m = local(self.state[p]["momentum"])
-                    meet(at.replicas, "state_dict() averages the replicas' momenta, so every rank must call it")
-                    bodies.append(_mean(m, at.replicas))
+                    bodies.append(mean_over(at.replicas, m, "momentum"))
                     targets.append(m)
         for m, average in zip(targets, self._comm.run(bodies, [m.nbytes for m in targets]), strict=True):
             m.copy_(average)
@@ -114,8 +114,3 @@ class SavedOptimizer(Optimizer):
         fresh = {"_reports": {}, "_placed": {}, "_meshes": Meshes(), "_drifted": False}
         state: dict[str, Any] = super().__getstate__()
         return {**state, **{k: self.__dict__[k] for k in kept}, **fresh, "_comm": self._comm.fresh()}
-
-
-def _mean(t: Tensor, group: Group) -> Body[Tensor]:
-    mean: Tensor = yield Reduce(t, group, "momentum", group.size)
-    return mean

@@ -2,10 +2,10 @@
 
 from .communicator import Communicator, Traffic
 from .ddp import Replicas, decouple
-from .groups import ALONE, Group, meet
+from .groups import ALONE, Group, everyone, meet
 from .layout import Layout, Placed, is_dtensor, local, place, roles
 from .meshes import Meshes
-from .requests import Body, Factorize, Gather, Reduce
+from .requests import Body, Factorize, Gather, Reduce, mean_over
 
 __all__ = [
     "ALONE",
@@ -21,8 +21,10 @@ __all__ = [
     "Replicas",
     "Traffic",
     "decouple",
+    "everyone",
     "is_dtensor",
     "local",
+    "mean_over",
     "meet",
     "place",
     "roles",

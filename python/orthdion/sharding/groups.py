@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["ALONE", "Group", "from_handle", "meet", "product", "union"]
+__all__ = ["ALONE", "Group", "everyone", "from_handle", "meet", "product", "union"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ def union(ranks: set[int]) -> Group:
     if key not in cache:
         remember(dist.new_group(list(key), use_local_synchronization=True))
     return cache[key]
+
+
+def everyone() -> Group:
+    """All ranks; :data:`ALONE` where nobody has started any."""
+    return from_handle(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else ALONE
 
 
 def product(a: Group, b: Group) -> Group:

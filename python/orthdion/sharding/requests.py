@@ -6,11 +6,12 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from .groups import Group
 
-__all__ = ["Body", "Factorize", "Gather", "Reduce", "Request", "Work"]
+__all__ = ["Body", "Factorize", "Gather", "Reduce", "Request", "Work", "mean_over"]
 
 #: ``(V, null)`` of a tall matrix: a partial isometry of its shape, and flags of the null directions.
 Work = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -61,3 +62,10 @@ Request = Reduce | Gather | Factorize
 T = TypeVar("T")
 #: A computation that stops where it needs other ranks: yields requests (one, or a tuple), is sent the answers.
 Body = Generator[Request | tuple[Request, ...], Any, T]
+
+
+def mean_over(group: Group, t: Tensor, what: str) -> Body[Tensor]:
+    """The mean of ``t`` over a group, taken in single precision at least."""
+    wide = t if t.dtype == torch.float64 else t.float()
+    mean: Tensor = yield Reduce(wide, group, what, group.size)
+    return mean

@@ -1,0 +1,205 @@
+"""CurvaDion (arXiv 2512.13728): synchronise only where the curvature asks for it (docs/algorithms.md, section 8)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..sharding import Body, Group, Layout, Reduce, everyone, local, mean_over
+from .hyper import number
+from .lowrank import Given, LowRankOptimizer
+from .step import Report
+
+__all__ = ["CurvaDion", "Synchronisation"]
+
+
+@dataclass(frozen=True)
+class Synchronisation:
+    """How often replicas met.
+
+    Attributes:
+        steps, synchronised: how many steps there were, and how many of them were synchronised.
+        forced: those of them that ``max_interval`` asked for.
+        drift: just before the last meeting, the distance of a replica's weights from the mean of all, relative to its
+            norm; the root mean square over replicas.
+        largest_change: the largest RMMC of the last step, over all ranks and layers.
+    """
+
+    steps: int
+    synchronised: int
+    forced: int
+    drift: float
+    largest_change: float
+
+    @property
+    def rate(self) -> float:
+        """The share of steps that were synchronised."""
+        return self.synchronised / max(self.steps, 1)
+
+
+class CurvaDion(LowRankOptimizer):
+    r"""Dion that synchronises replicas only when some layer's momentum changes fast.
+
+    .. math::
+        \mathrm{RMMC}_\ell = \bigl|\, \|M_\ell + G_\ell\| - \|M_\ell\| \,\bigr| \,/\, \|M_\ell\|
+
+    from each rank's own gradient. If it is above ``threshold`` for any layer on any rank, all take a synchronised Dion
+    step; otherwise each takes a local step: X ← X − η_local·G and M ← μM + G (the paper's text), or a Dion step on its
+    own gradient (the authors' code). The decision costs one number on the wire.
+
+    Replicas drift apart in local steps. Before a synchronised step their weights are averaged, so that after it they
+    are equal to the bit; the paper does not say how they come together, and its code does not do it. An averaged weight
+    costs m·n words, so a synchronised step after local ones sends more than Dion's: see :meth:`communication` for what
+    is really sent, and :meth:`synchronisation` for rate and drift. Before ``model.state_dict()`` call
+    :meth:`synchronize_for_checkpoint` on every rank.
+
+    Args:
+        params, replicate_mesh, and what :class:`orthdion.Dion` takes: as there, with its defaults.
+        threshold: τ. 0 synchronises at every step at which a norm changes.
+        max_interval: so many steps after a synchronised one at most comes the next.
+        local_step: "gradient" or "dion".
+        local_lr: η_local of the gradient step; None is the group's lr.
+
+    Raises:
+        ValueError, TypeError: as :class:`orthdion.OrthDion`.
+    """
+
+    _published = ("column", "dion")
+
+    def __init__(
+        self,
+        params: Any,
+        replicate_mesh: Any = None,
+        *args: Any,
+        threshold: float = 0.1,
+        max_interval: int = 100,
+        local_step: Literal["gradient", "dion"] = "gradient",
+        local_lr: float | None = None,
+        **options: Any,
+    ) -> None:
+        number("threshold", threshold, 0.0)
+        if isinstance(max_interval, bool) or not isinstance(max_interval, int) or max_interval < 1:
+            raise ValueError(f"max_interval must be a whole number of at least 1, not {max_interval!r}")
+        if local_step not in ("gradient", "dion"):
+            raise ValueError(f"local_step must be 'gradient' or 'dion', not {local_step!r}")
+        if local_lr is not None:
+            number("local_lr", local_lr, 0.0)
+        self._threshold, self._max_interval = float(threshold), max_interval
+        self._local_step, self._local_lr = local_step, local_lr
+        self._since = self._steps = self._synchronised = self._forced = 0
+        self._drift = self._largest = 0.0
+        super().__init__(params, replicate_mesh, *args, **options)
+
+    def synchronisation(self) -> Synchronisation:
+        """How often replicas have met, and how far apart they were."""
+        return Synchronisation(self._steps, self._synchronised, self._forced, self._drift, self._largest)
+
+    def synchronize_for_checkpoint(self) -> None:
+        """Averages replicas' weights and states in place. Every rank must call it."""
+        self._reunite()
+        super().synchronize_for_checkpoint()
+
+    def _advance(self, given: list[Given]) -> None:
+        self._largest = self._change(given)
+        forced = self._since + 1 >= self._max_interval
+        self._steps += 1
+        if self._largest > self._threshold or forced:
+            self._forced += self._largest <= self._threshold
+            self._synchronised += 1
+            self._reunite()
+            super()._advance(given)
+            return
+        self._since += 1
+        self._drifted = self._meshes.replicas.size > 1
+        alone: list[Given] = [(p, group, g, at.synchronised()) for p, group, g, at in given]
+        if self._local_step == "dion":
+            # The replicas' common Q is what their factors are averaged in: it waits for the next meeting.
+            kept = {p: local(self.state[p]["Q"]).clone() for p, *_ in alone if "Q" in self.state[p]}
+            super()._advance(alone)
+            for p, q in kept.items():
+                local(self.state[p]["Q"]).copy_(q)
+            return
+        super()._advance([x for x in alone if x[1]["algorithm"] != "dion"])
+        for p, group, g, _ in alone:
+            if group["algorithm"] == "dion" and g is not None:
+                self._gradient_step(p, group, g)
+
+    def _gradient_step(self, p: Tensor, group: dict[str, Any], g: Tensor) -> None:
+        """``X ← (1 − ηλ)X − η_local·G``, ``M ← μM + G``"""
+        finite = bool(torch.isfinite(g).all())
+        self._reports.setdefault(p, []).append(Report(skipped=not finite))
+        if not finite:
+            return
+        x, m = local(p.detach()), local(self.state[p]["momentum"])
+        lr = float(group["lr"])
+        step = lr if self._local_lr is None else self._local_lr
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        g = g.to(wide) * (-1.0 if group["maximize"] else 1.0)
+        x.copy_((1.0 - lr * float(group["weight_decay"])) * x.to(wide) - step * g)
+        m.copy_(float(group["mu"]) * m.to(wide) + g)
+
+    def _change(self, given: list[Given]) -> float:
+        """The largest RMMC over ranks and layers; infinite where a momentum is zero, since nothing is known yet."""
+        bodies = []
+        for p, group, g, at in given:
+            if group["algorithm"] == "dion":
+                bodies.append(_change(local(self.state[p]["momentum"]), g, at, bool(group["maximize"])))
+        changes = self._comm.run(bodies, [0] * len(bodies))
+        largest = torch.tensor(max(changes, default=0.0), dtype=torch.float64)
+        if given:
+            largest = largest.to(given[0][0].device)
+        alone = self._meshes.replicas.size == 1 and all(at.shards.size == 1 for *_, at in given)
+        return float(largest) if alone else self._comm.run([_maximum(largest, everyone())], [0])[0]
+
+    def _reunite(self) -> None:
+        """Averages what local steps have let drift: weights, states of AdamW and Lion, momenta that are not apart by
+        design.
+        """
+        replicas = self._meshes.replicas
+        apart, self._since = self._since > 0, 0
+        if replicas.size == 1 or not apart:
+            return
+        targets: list[tuple[Tensor, bool]] = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                at = self._layout_of(p, group)
+                if at.replicas.size == 1:
+                    continue
+                targets.append((local(p.detach()), True))
+                for key, state in self.state[p].items():
+                    if key == "step":
+                        self.state[p][key] = state = state.to(p.device)
+                        targets.append((state, False))
+                    elif not (at.compressed and key == "momentum") and key != "Q":
+                        targets.append((local(state), False))
+        bodies = [mean_over(replicas, t, "weights") for t, _ in targets]
+        drift = total = 0.0
+        for (t, weight), mean in zip(targets, self._comm.run(bodies, [t.nbytes for t, _ in targets]), strict=True):
+            if weight:
+                drift += float((t.double() - mean.double()).square().sum())
+                total += float(mean.double().square().sum())
+            t.copy_(mean)
+        moved = torch.tensor([drift, total], dtype=torch.float64, device=targets[0][0].device if targets else None)
+        drift, total = self._comm.run([mean_over(everyone(), moved, "norms")], [0])[0].tolist()
+        self._drift = math.sqrt(drift / total) if total else 0.0
+
+
+def _change(m: Tensor, g: Tensor | None, at: Layout, maximize: bool) -> Body[float]:
+    """RMMC of one parameter, from this replica's gradient; 0 if that is missing or not finite."""
+    g = torch.zeros_like(m) if g is None else -g if maximize else g
+    m = m.double()
+    squares = torch.stack([m.square().sum(), (m + g.double()).square().sum()])
+    before, after = (float(x) for x in (yield Reduce(squares, at.shards, "norms")).sqrt())
+    if not math.isfinite(after):
+        return 0.0
+    if before == 0.0:
+        return math.inf if after > 0.0 else 0.0
+    return abs(after - before) / before
+
+
+def _maximum(t: Tensor, group: Group) -> Body[float]:
+    return float((yield Reduce(t, group, "flags", op="max")))
