@@ -145,3 +145,76 @@ def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> t
         o.step()
     expected, _ = single(shapes, steps, count, dtype, **options)
     return errors(params, expected), same_on_all([full(p) for p in params]), o.communication()
+
+#: shape, group keys, placement
+SPECIAL: list[tuple[tuple[int, ...], dict[str, Any], Any]] = [
+    ((6, 8, 5), {}, Shard(0)),  # experts: matrices of their own on each rank
+    ((6, 8, 5), {}, Shard(1)),
+    ((3, 5, 9), {}, Shard(2)),
+    ((12, 3, 3, 3), {}, Shard(0)),
+    ((30, 2, 3), {"flatten": True}, Shard(0)),
+    ((8, 4, 3, 3), {}, Shard(1)),
+    ((64, 4, 2, 2), {}, Shard(1)),  # Q's rows are the kernel's positions of this rank's channels
+    ((24, 8), {"row_blocks": 3}, Shard(0)),  # a rank holds parts of two blocks, or none
+    ((15, 5), {"row_blocks": 3}, Shard(0)),
+    ((12, 10), {"row_blocks": 3}, Shard(1)),
+    ((9,), {"algorithm": "adamw"}, Shard(0)),
+    ((7, 3), {"algorithm": "lion"}, Shard(0)),
+    ((5, 0), {"algorithm": "lion"}, Shard(0)),
+    ((0, 5), {}, Shard(0)),
+]
+
+
+def special_shapes(options: dict[str, Any]) -> list[float]:
+    """Relative errors of stacks, convolutions, fused blocks and vectors, weights and Q, after a few steps."""
+    where, dtype = mesh((-1,)), torch.float64
+    whole = [torch.nn.Parameter(randn(*s, seed=5 + i, dtype=dtype)) for i, (s, _, _) in enumerate(SPECIAL)]
+    parts = [torch.nn.Parameter(sharded(p.detach(), where, (at,))) for p, (_, _, at) in zip(whole, SPECIAL, strict=True)]
+    both = []
+    for params in (whole, parts):
+        groups = [{"params": [p], **keys} for p, (_, keys, _) in zip(params, SPECIAL, strict=True)]
+        both.append(orthdion.OrthDion(groups, lr=0.05, rank_fraction=0.5, **options))
+    for k in range(5):
+        for i, (shape, _, at) in enumerate(SPECIAL):
+            g = randn(*shape, seed=1000 * k + i, dtype=dtype)
+            whole[i].grad, parts[i].grad = g, sharded(g, where, (at,))
+        for o in both:
+            o.step()
+    result = []
+    for p, q in zip(parts, whole, strict=True):
+        result.append(errors([p], [q]) if p.numel() else 0.0)
+        if "Q" in both[0].state[q] and p.numel():
+            assert full(both[1].state[p]["Q"]).shape == both[0].state[q]["Q"].shape
+            result.append(errors([both[1].state[p]["Q"]], [both[0].state[q]["Q"]]))
+    return result
+
+
+def strided_shards() -> float:
+    """FSDP over tensor parallel on one axis (_StridedShard), with rows that do not divide evenly."""
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(10, 14), nn.Linear(14, 22, bias=False), nn.Linear(22, 10)).double()
+    model = nn.Sequential(nn.Linear(10, 14), nn.Linear(14, 22, bias=False), nn.Linear(22, 10)).double()
+    model.load_state_dict(whole.state_dict())
+    grid = mesh((2, -1))
+    parallelize_module(model, grid["axis1"], {"0": ColwiseParallel(), "1": RowwiseParallel(), "2": ColwiseParallel()})
+    fully_shard(model, mesh=grid["axis0"], reshard_after_forward=True)
+    assert any(type(s).__name__ == "_StridedShard" for p in model.parameters() for s in p.placements)
+    both = [
+        orthdion.OrthDion(
+            [{"params": [p], "algorithm": "dion" if p.ndim == 2 else "adamw"} for p in m.parameters()], lr=0.05
+        )
+        for m in (whole, model)
+    ]
+    for k in range(6):
+        for m, o in zip((whole, model), both, strict=True):
+            o.zero_grad()
+            y = m(randn(4, 10, seed=k, dtype=torch.float64))
+            y.square().sum().backward()
+            o.step()
+    saved = {k: full(v) for s in both[1].state_dict()["state"].values() for k, v in s.items() if k == "Q"}
+    assert saved["Q"].shape == next(s["Q"] for s in reversed(list(both[0].state.values())) if "Q" in s).shape
+    return max(errors([p], [q]) for p, q in zip(model.parameters(), whole.parameters(), strict=True))

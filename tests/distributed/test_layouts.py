@@ -36,3 +36,14 @@ def test_replicas_with_gradients_of_their_own_step_as_one_process_on_the_mean(
         for error, same, _ in world(size).run(cases.replicas_equal_one_process, SHAPES, 10, dtype, options, sharded):
             assert error < TOLERANCE[dtype], (feedback, dtype)
             assert same
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("options", [{}, {"right_factor": "column"}, {"tail": "normalized"}], ids=str)
+def test_stacks_convolutions_fused_blocks_and_vectors(world, size, options):
+    for found in world(size).run(cases.special_shapes, options):
+        assert max(found) < 1e-8, found
+
+
+def test_strided_shards_of_fsdp_over_tensor_parallel(world):
+    assert max(world(4).run(cases.strided_shards)) < 1e-9

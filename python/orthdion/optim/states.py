@@ -76,7 +76,8 @@ def specs(name: str, p: Tensor, group: dict[str, Any], placed: Placed, r: int, f
                 f"{name} is sharded along axis {late} of a convolution's (out, in, kernel); shard its first axis"
             )
         return {"momentum": same, "Q": Spec(shape, {1: own}, n // p.shape[1])}
-    return {"momentum": same, "Q": Spec(shape, {**({0: 0} if stacked else {}), axis: own})}
+    axes = {a: b for a, b in ((0, 0), (axis, own)) if a in divided and (a == axis or stacked)}
+    return {"momentum": same, "Q": Spec(shape, axes)}
 
 
 def initial(
