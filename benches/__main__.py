@@ -15,8 +15,12 @@ from rich.table import Table
 
 from orthdion.train.compare import finite
 
+from .communication import communication
 from .machine import Machine, measure
-from .parts import FORMS, PARTS, Row
+from .parts import FORMS, Row
+from .parts import PARTS as LOCAL
+
+PARTS = {**LOCAL, "communication": communication}
 
 console = Console(width=140)
 

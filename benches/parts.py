@@ -19,7 +19,7 @@ from orthdion.backends.table import operands
 from .machine import Machine
 from .timing import Sample, alternate
 
-__all__ = ["FORMS", "PARTS", "Row"]
+__all__ = ["FORMS", "PARTS", "Row", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Row:
     note: str = ""
 
 
-def _rows(
+def rows_of(
     part: str,
     case: str,
     samples: dict[str, Sample],
@@ -44,6 +44,7 @@ def _rows(
     floors: dict[str, float],
     notes: dict[str, str] | None = None,
 ) -> Iterator[Row]:
+    """The rows of one case, each held against ``peer``."""
     for name, sample in samples.items():
         ratio = samples[peer].median / sample.median
         yield Row(part, case, name, sample, floors.get(name), peer, ratio, (notes or {}).get(name, ""))
@@ -74,7 +75,7 @@ def products(machine: Machine, seconds: float) -> Iterator[Row]:
             }
             floor = 2 * m * n * r / machine.float32 / 1e6
             samples = alternate(candidates, seconds)
-            yield from _rows("products", f"{name} {m}×{n}, r = {r}", samples, "torch", dict.fromkeys(samples, floor))
+            yield from rows_of("products", f"{name} {m}×{n}, r = {r}", samples, "torch", dict.fromkeys(samples, floor))
 
 
 def factorisations(machine: Machine, seconds: float) -> Iterator[Row]:
@@ -92,7 +93,7 @@ def factorisations(machine: Machine, seconds: float) -> Iterator[Row]:
             v, w = (ours(), theirs())
             notes = {"orthdion": _orthogonality(v[0] if name == "QR" else v), peer: _orthogonality(w[0])}
             floor = per * n * r * r / machine.float64 / 1e6
-            yield from _rows("factorisations", f"{name} {n}×{r}", samples, peer, {"orthdion": floor}, notes)
+            yield from rows_of("factorisations", f"{name} {n}×{r}", samples, peer, {"orthdion": floor}, notes)
 
 
 def _orthogonality(v: Tensor) -> str:
@@ -173,7 +174,7 @@ def step(machine: Machine, seconds: float) -> Iterator[Row]:
         samples = alternate({**candidates, **peers}, 8 * seconds)
         peer = next(p for p in ("microsoft dion_simple", "orthdion reference") if p in samples)
         notes = {name: f"first {s.first:.0f} ms" for name, s in samples.items()}
-        yield from _rows("step", f"GPT block 768, r/d = 1/{round(1 / fraction)}", samples, peer, floors, notes)
+        yield from rows_of("step", f"GPT block 768, r/d = 1/{round(1 / fraction)}", samples, peer, floors, notes)
         for text in missing:
             yield Row("step", f"r = {r}", text, Sample(*[float("nan")] * 4, 0), None, "", float("nan"), "did not run")
 
@@ -196,7 +197,7 @@ def small(machine: Machine, seconds: float) -> Iterator[Row]:
             least=3,
         )
         notes = {name: f"first {s.first:.0f} ms" for name, s in samples.items()}
-        yield from _rows("small", case, samples, "orthdion reference", {"orth-dion": floor}, notes)
+        yield from rows_of("small", case, samples, "orthdion reference", {"orth-dion": floor}, notes)
 
 
 def scaling(machine: Machine, seconds: float) -> Iterator[Row]:
@@ -209,7 +210,7 @@ def scaling(machine: Machine, seconds: float) -> Iterator[Row]:
         samples = alternate(candidates, seconds, least=3)
         floors = {"orth-dion": sum(machine.floor(*s, r) for s in shapes)}
         peer = "torch Muon" if muon else "orth-dion"
-        yield from _rows("scaling", f"GPT block {width}, r = {r}", samples, peer, floors)
+        yield from rows_of("scaling", f"GPT block {width}, r = {r}", samples, peer, floors)
 
 
 def _peak(name: str) -> tuple[float, Sample]:

@@ -11,8 +11,9 @@ use crate::gemm::{self, Context};
 use crate::isa::Isa;
 use crate::qr;
 use crate::scalar::Dtype;
+use crate::step::parts::{self, Sum};
 use crate::step::{self, Matrix, Options, Report, RightFactor, Tail};
-use numpy::{PyReadonlyArray2, PyReadwriteArray1, PyReadwriteArray2};
+use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray1, PyReadwriteArray2};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -366,6 +367,89 @@ fn matmul(
     })
 }
 
+/// OUT ← B·A, or Bᵀ·A, for B = cm·M + cg·G; the operands M, G, A, OUT. `sums`, overwritten if it is not empty: B's squares
+/// summed along the side that OUT has. Returns max |OUT|, NaN if an entry is not finite.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn part_product(
+    py: Python<'_>,
+    table: PyReadonlyArray2<'_, i64>,
+    coefficients: (f64, f64),
+    transposed: bool,
+    mut sums: PyReadwriteArray1<'_, f64>,
+    double: bool,
+    half: bool,
+    threads: usize,
+) -> PyResult<f64> {
+    let claims = operands(&table, 4, 3)?;
+    let sums = sums.as_slice_mut().map_err(|_| bad("the sums must be contiguous"))?;
+    sums.fill(0.0);
+    detached(py, move || {
+        borrow::check(&claims, 1)?;
+        let cx = Context { half, ..Context::new(threads) };
+        // SAFETY: as in `lowrank_step`.
+        let (m, g, a, out) =
+            unsafe { (claims[0].shared(), claims[1].shared(), claims[2].shared(), claims[3].exclusive()) };
+        let b = Sum::new((coefficients.0, m), (coefficients.1, g))?;
+        let sums = (!sums.is_empty()).then_some(sums);
+        if double {
+            b.product::<f64>(cx, transposed, a, out, sums)
+        } else {
+            b.product::<f32>(cx, transposed, a, out, sums)
+        }
+    })
+}
+
+/// max |cm·M + cg·G|, infinite or NaN if an entry is not finite; the operands M, G.
+#[pyfunction]
+fn part_largest(
+    py: Python<'_>,
+    table: PyReadonlyArray2<'_, i64>,
+    coefficients: (f64, f64),
+    threads: usize,
+) -> PyResult<f64> {
+    let claims = operands(&table, 2, 2)?;
+    detached(py, move || {
+        borrow::check(&claims, 1)?;
+        // SAFETY: as in `lowrank_step`.
+        let (m, g) = unsafe { (claims[0].shared(), claims[1].shared()) };
+        Ok(Sum::new((coefficients.0, m), (coefficients.1, g))?.largest::<f64>(Context::new(threads)))
+    })
+}
+
+/// The writing half of a step; the operands G, P, U, W, X, M, and a row of `lowrank_step`'s numbers.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn part_write(
+    py: Python<'_>,
+    table: PyReadonlyArray2<'_, i64>,
+    numbers: PyReadonlyArray1<'_, f64>,
+    alpha: f64,
+    size: f64,
+    double: bool,
+    threads: usize,
+) -> PyResult<()> {
+    let claims = operands(&table, 6, 4)?;
+    let numbers = numbers.as_slice().map_err(|_| bad("the numbers must be contiguous"))?;
+    if numbers.len() != 13 || !alpha.is_finite() || !size.is_finite() {
+        return Err(bad("13 finite numbers, alpha and size are needed").into());
+    }
+    let (o, scale) = options(numbers)?;
+    detached(py, move || {
+        borrow::check(&claims, 1)?;
+        let cx = Context { half: o.half, ..Context::new(threads) };
+        // SAFETY: as in `lowrank_step`.
+        let ([g, p, u, w], x, m) = unsafe {
+            ([0, 1, 2, 3].map(|k| claims[k].shared()), claims[4].exclusive(), claims[5].exclusive())
+        };
+        if double {
+            parts::write::<f64>(cx, &o, scale, x, g, m, [p, u, w], alpha, size)
+        } else {
+            parts::write::<f32>(cx, &o, scale, x, g, m, [p, u, w], alpha, size)
+        }
+    })
+}
+
 /// The first two of some operands that share memory, if any do.
 #[pyfunction]
 fn overlap(table: PyReadonlyArray2<'_, i64>) -> PyResult<Option<(usize, usize)>> {
@@ -393,6 +477,9 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(factor, m)?)?;
     m.add_function(wrap_pyfunction!(power_iteration, m)?)?;
     m.add_function(wrap_pyfunction!(matmul, m)?)?;
+    m.add_function(wrap_pyfunction!(part_product, m)?)?;
+    m.add_function(wrap_pyfunction!(part_largest, m)?)?;
+    m.add_function(wrap_pyfunction!(part_write, m)?)?;
     m.add_function(wrap_pyfunction!(overlap, m)?)?;
     m.add_function(wrap_pyfunction!(instruction_sets, m)?)?;
     Ok(())

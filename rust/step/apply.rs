@@ -56,7 +56,7 @@ impl<'a, T: Real> Side<'a, T> {
 }
 
 /// The tail of this step, reduced to numbers.
-enum Plan<'a> {
+pub(super) enum Plan<'a> {
     None,
     /// `α·T`
     Linear(f64),
@@ -65,6 +65,7 @@ enum Plan<'a> {
         columns: Scratch<f64>,
         weight: f64,
         rows: &'a [f64],
+        fade: f64,
     },
 }
 
@@ -90,7 +91,7 @@ fn plan<'a>(o: &Options, f: &Factors<'_>, e: &Energies<'a>, noise: Noise) -> Pla
             }
             // Every row of N that is not zero has norm 1.
             let rows = e.row.iter().filter(|&&x| x > 0.0).count();
-            Plan::Normalized { columns, weight: c / (rows as f64).sqrt(), rows: e.row }
+            Plan::Normalized { columns, weight: c / (rows as f64).sqrt(), rows: e.row, fade: noise.fade }
         }
     }
 }
@@ -108,8 +109,6 @@ pub(super) fn apply<T: Real>(
     e: &Energies<'_>,
     noise: Noise,
 ) {
-    let (rows, n) = (x.as_ref().rows, x.as_ref().cols);
-    let row_major = |v: Mat<'_>| v.cs == 1 && (v.rs != 1 || v.rows <= 1 || v.cols > 1);
     let plan = plan(o, f, e, noise);
     // The linear tail joins the head: P Vᵀ + α(B − P Rᵀ) = P (V − αR)ᵀ + αB.
     let joined = match plan {
@@ -121,8 +120,25 @@ pub(super) fn apply<T: Real>(
         _ => None,
     };
     let u = joined.as_ref().map_or(f.v, |u| Mat::row_major(u, f.v.rows, f.v.cols));
+    write::<T>(cx, o, scale, x, m, g, &Factors { v: u, ..*f }, &plan);
+}
+
+/// The same with the tail planned, and joined to `f.v` if it is linear.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn write<T: Real>(
+    cx: Context,
+    o: &Options,
+    scale: f64,
+    x: MatMut<'_>,
+    m: MatMut<'_>,
+    g: Mat<'_>,
+    f: &Factors<'_>,
+    plan: &Plan<'_>,
+) {
+    let (rows, n) = (x.as_ref().rows, x.as_ref().cols);
+    let row_major = |v: Mat<'_>| v.cs == 1 && (v.rs != 1 || v.rows <= 1 || v.cols > 1);
     let x_row_major = row_major(x.as_ref());
-    let head = Side::<T>::new(cx, u, x_row_major);
+    let head = Side::<T>::new(cx, f.v, x_row_major);
     let tail = matches!(plan, Plan::Normalized { .. }).then(|| Side::<T>::new(cx, f.r, x_row_major));
     let back = (o.a != o.b).then(|| Side::<T>::new(cx, f.w, row_major(m.as_ref())));
 
@@ -140,10 +156,10 @@ pub(super) fn apply<T: Real>(
         };
         let p = f.p.row_range(range.clone());
         let b = f.b.row_range(range.clone());
-        match &plan {
+        match plan {
             Plan::None => head.product(serial, step, p, decay, part(x), Terms::none()),
             Plan::Linear(alpha) => head.product(serial, step, p, decay, part(x), b.scaled(step * alpha)),
-            Plan::Normalized { columns, weight, rows } => {
+            Plan::Normalized { columns, weight, rows, fade } => {
                 let strides = if x_row_major { (n as isize, 1) } else { (1, range.len() as isize) };
                 let mut t = Scratch::<T>::new(range.len() * n);
                 // SAFETY: the scratch holds `range.len()·n` elements and is used through this view alone.
@@ -157,7 +173,7 @@ pub(super) fn apply<T: Real>(
                     t: t.raw(),
                     columns,
                     rows,
-                    fade: noise.fade,
+                    fade: *fade,
                     kind: Default::default(),
                 });
                 let n_of_t = Terms::one(t.as_ref()).scaled(step * weight);

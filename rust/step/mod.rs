@@ -14,6 +14,7 @@
 //! Everything up to V only reads. A gradient with NaN or infinity is found there, and then nothing is written at all.
 
 mod apply;
+pub mod parts;
 mod right;
 
 pub use right::RightFactor;

@@ -7,7 +7,7 @@ use crate::isa::Isa;
 use crate::scalar::{Dtype, Element};
 use proptest::prelude::*;
 
-fn options(right: RightFactor, tail: Tail) -> Options {
+pub(super) fn options(right: RightFactor, tail: Tail) -> Options {
     Options {
         lr: 0.1,
         weight_decay: 0.2,

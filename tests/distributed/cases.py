@@ -146,6 +146,7 @@ def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> t
     expected, _ = single(shapes, steps, count, dtype, **options)
     return errors(params, expected), same_on_all([full(p) for p in params]), o.communication()
 
+
 #: shape, group keys, placement
 SPECIAL: list[tuple[tuple[int, ...], dict[str, Any], Any]] = [
     ((6, 8, 5), {}, Shard(0)),  # experts: matrices of their own on each rank
@@ -169,7 +170,9 @@ def special_shapes(options: dict[str, Any]) -> list[float]:
     """Relative errors of stacks, convolutions, fused blocks and vectors, weights and Q, after a few steps."""
     where, dtype = mesh((-1,)), torch.float64
     whole = [torch.nn.Parameter(randn(*s, seed=5 + i, dtype=dtype)) for i, (s, _, _) in enumerate(SPECIAL)]
-    parts = [torch.nn.Parameter(sharded(p.detach(), where, (at,))) for p, (_, _, at) in zip(whole, SPECIAL, strict=True)]
+    parts = [
+        torch.nn.Parameter(sharded(p.detach(), where, (at,))) for p, (_, _, at) in zip(whole, SPECIAL, strict=True)
+    ]
     both = []
     for params in (whole, parts):
         groups = [{"params": [p], **keys} for p, (_, keys, _) in zip(params, SPECIAL, strict=True)]

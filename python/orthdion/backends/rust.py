@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orthdion import _core
 
 from ..optim.elementwise import Rule
-from ..optim.step import Matrix, Options, Report
-from .reference import Reference
+from ..optim.step import Matrix, Options, Report, Tail
+from .reference import Job, Reference
 from .table import describe, operands
 
 __all__ = ["Rust", "elementwise_step", "lowrank_step"]
@@ -39,7 +41,7 @@ def lowrank_step(matrices: Sequence[tuple[Matrix, Options]]) -> list[Report]:
         for row, i in enumerate(index):
             m, o = matrices[i]
             table[row] = (*m.x.shape, m.q.shape[1], *describe(m.x), *describe(m.g), *describe(m.m), *describe(m.q))
-            numbers[row] = (*_numbers(o), m.scale)
+            numbers[row] = (*numbers_of(o), m.scale)
         out = np.zeros((len(index), 8))
         _core.lowrank_step(table, numbers, out, double, torch.get_num_threads())
         reports[index] = out
@@ -47,7 +49,8 @@ def lowrank_step(matrices: Sequence[tuple[Matrix, Options]]) -> list[Report]:
     return [Report(bool(r[0]), int(r[1]), *r[2:].tolist()) for r in reports]
 
 
-def _numbers(o: Options) -> tuple[float, ...]:
+def numbers_of(o: Options) -> tuple[float, ...]:
+    """Hyperparameters as the core takes them; a matrix's scale follows."""
     kappa = float("nan") if o.kappa is None else o.kappa
     return (
         o.lr,
@@ -101,9 +104,13 @@ def _bump(tensors: list[Tensor]) -> None:
 
 
 class Rust(Reference):
-    """The primitives for matrices that lie on several ranks: factorisations by the core."""
+    """The primitives for matrices that lie on several ranks."""
 
     name = "rust"
+
+    def open(self, x: Tensor, g: Tensor, m: Tensor, q: Tensor, o: Options) -> Job:
+        """A step's large operands, where they are; a normalized tail, whose sums run over ranks, goes over copies."""
+        return Job(self, x, g, m, q, o) if o.tail == "normalized" else RustJob(self, x, g, m, q, o)
 
     def orthonormalize(self, a: Tensor, tol: float) -> tuple[Tensor, Tensor]:
         """``orth(A)`` and its null directions (section 4)."""
@@ -112,6 +119,84 @@ class Rust(Reference):
     def polar(self, a: Tensor, tol: float) -> tuple[Tensor, Tensor]:
         """``A (AᵀA)^(−1/2)`` and the null directions."""
         return _factor(a, tol, polar=True)
+
+
+class RustJob(Job):
+    """B is formed while the core packs it, and never stored."""
+
+    def __init__(self, be: Reference, x: Tensor, g: Tensor, m: Tensor, q: Tensor, o: Options) -> None:
+        self._be, self._o, self._targets, self._g = be, o, (x, m, q), g
+        self._double = x.dtype == torch.float64
+        self.old = q.to(torch.float64 if self._double else torch.float32, copy=True)
+        self.size = 1.0
+        self._sketch: tuple[float, Tensor, float] | None = None
+
+    def _sum(self, kappa: float | None) -> tuple[float, float]:
+        """The coefficients of M and G in B, or (``kappa`` None) in M⁺."""
+        sign = -self.size if self._o.maximize else self.size
+        return (self.size, sign) if kappa is None else (kappa * self.size, (1.0 + kappa) * sign)
+
+    def _product(
+        self,
+        a: Tensor,
+        transposed: bool,
+        kappa: float | None,
+        sums: NDArray[np.float64] | None = None,
+    ) -> tuple[Tensor, float]:
+        _, m, _ = self._targets
+        out = a.new_empty(m.shape[1] if transposed else m.shape[0], a.shape[1])
+        table = operands(m, self._g, a, out)
+        sums = np.empty(0) if sums is None else sums
+        threads = torch.get_num_threads()
+        largest = _core.part_product(table, self._sum(kappa), transposed, sums, self._double, self._o.half, threads)
+        return out, largest
+
+    def sketch(self) -> Tensor:
+        """``B Q`` (m, r)"""
+        if self._sketch is None or self._sketch[0] != self.size:
+            self._sketch = (self.size, *self._product(self.old, False, self._o.kappa))
+        return self._sketch[1]
+
+    def entry(self) -> Tensor:
+        """A size that tells whether squares of B are safe: max |B Q|, or max |B| where that leaves it open; infinite if
+        B is not finite.
+        """
+        self.sketch()
+        assert self._sketch is not None
+        largest, safe = self._sketch[2], self._be.safe(self.old)
+        if not 1.0 / safe < largest < safe:
+            largest = _core.part_largest(operands(self._targets[1], self._g), self._sum(self._o.kappa), 1)
+        return torch.tensor(largest if math.isfinite(largest) else math.inf, dtype=torch.float64)
+
+    def rescale(self, size: float) -> None:
+        """Multiplies B by a power of two."""
+        self.size = size
+
+    def back(self, p: Tensor) -> Tensor:
+        """``Bᵀ P`` (n, r)"""
+        return self._product(p, True, self._o.kappa)[0]
+
+    def captured(self, p: Tensor) -> Tensor:
+        """``size·M⁺ᵀ P`` (n, r)"""
+        return self._product(p, True, None)[0]
+
+    def energies(self) -> tuple[Tensor, Tensor]:
+        """Sums of B's squares along each row (m,) and down each column (n,)."""
+        _, m, _ = self._targets
+        rows, columns = np.zeros(m.shape[0]), np.zeros(m.shape[1])
+        for sums, transposed, inner in ((rows, False, m.shape[1]), (columns, True, m.shape[0])):
+            self._product(self.old.new_zeros(inner, 1), transposed, self._o.kappa, sums)
+        return torch.from_numpy(rows), torch.from_numpy(columns)
+
+    def write(self, p: Tensor, r: Tensor, v: Tensor, w: Tensor, scale: float, tail: Tail) -> None:
+        """``X ← (1 − ηλ)X − η·scale·D`` and ``M ← a·M⁺ − (a − b)·P Wᵀ/size``, in place."""
+        x, m, _ = self._targets
+        alpha = tail.alpha or 0.0
+        u = v - alpha * r if alpha else v
+        numbers = np.array([*numbers_of(self._o), scale])
+        table = operands(self._g, p, u, w, x, m)
+        _core.part_write(table, numbers, alpha, self.size, self._double, torch.get_num_threads())
+        _bump([x, m])
 
 
 def _factor(a: Tensor, tol: float, polar: bool) -> tuple[Tensor, Tensor]:
