@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ def _candidates(fraction: float) -> dict[str, tuple[Callable[[], object], Callab
         return orthdion.OrthDion(list(model.parameters()), rank_fraction=fraction, **options)
 
     plain = DistributedDataParallel(_Block())
-    power = DistributedDataParallel(_Block())
+    # One bucket: the hook posts its second collective from a callback, and two buckets' would overtake each other.
+    power = DistributedDataParallel(_Block(), bucket_cap_mb=64)
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
     power.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     apart, half = DistributedDataParallel(_Block()), DistributedDataParallel(_Block())
@@ -93,7 +95,9 @@ def _candidates(fraction: float) -> dict[str, tuple[Callable[[], object], Callab
 def _work(rank: int, address: str, fraction: float) -> None:
     """One of the processes; the first prints its samples."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://{address}", rank=rank, world_size=_RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://{address}", rank=rank, world_size=_RANKS, timeout=timedelta(seconds=60)
+    )
     candidates = _candidates(fraction)
     samples = alternate({name: f for name, (f, _) in candidates.items()}, 0.0, least=_REPEATS)
     sizes = {name: count() for name, (_, count) in candidates.items()}

@@ -116,8 +116,8 @@ def _print(results: list[Result]) -> None:
         table.add_row(r.config.optimizer, f"{r.lr:g}", *cells, f"{r.state_megabytes:.2f}", style=style)
     console.print(table)
     for r in results:
-        if r.skipped:
-            console.print(f"{r.config.optimizer}: {r.skipped} steps of single parameters skipped for NaN or infinity")
+        for note in r.notes:
+            console.print(f"{r.config.optimizer}: {note}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import orthdion
-from orthdion.sharding import local
+from orthdion.sharding import communicator, local
 
 __all__ = [
     "LAYOUTS",
@@ -111,8 +111,14 @@ def same_on_all(tensors: list[Tensor], group: Any = None) -> bool:
     return bool((low == high).all())
 
 
+def spread(factorizations: bool) -> None:
+    """Whether ranks share out factorizations, which for matrices as small as these would not be worth it."""
+    communicator._WORTH = 0 if factorizations else 2**28
+
+
 def layout_equals_one_process(layout: str, shapes, steps, dtype, options) -> tuple[float, bool, Any]:
     """Relative error of the weights, whether whole weights are the same bits on all ranks, and what was sent."""
+    spread(dtype == torch.float64)
     shape, placements = LAYOUTS[layout]
     where = mesh(shape)
     params = [
@@ -129,6 +135,7 @@ def layout_equals_one_process(layout: str, shapes, steps, dtype, options) -> tup
 
 def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> tuple[float, bool, Any]:
     """The same for replicas with gradients of their own: plain tensors, or sharded over a second mesh dimension."""
+    spread(dtype == torch.float64)
     where = mesh((2, -1))
     replica = where.get_local_rank(0) if hybrid else dist.get_rank()
     count = 2 if hybrid else dist.get_world_size()

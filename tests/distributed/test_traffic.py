@@ -22,9 +22,10 @@ def expected(layout, size):
 
 @pytest.mark.parametrize("layout", [None, *cases.LAYOUTS])
 @pytest.mark.parametrize("right_factor", ["qr", "column"])
-def test_factors_count_their_words_and_the_rest_is_small(world, layout, right_factor):
+@pytest.mark.parametrize("shared", [False, True], ids=["everywhere", "shared out"])
+def test_factors_count_their_words_and_the_rest_is_small(world, layout, right_factor, shared):
     options = {"rank_fraction": 0.25, "right_factor": right_factor}
-    for total, content in world(4).run(traffic.sent, layout, SHAPES, options):
+    for total, content in world(4).run(traffic.sent, layout, SHAPES, options, shared):
         factors = content.get("P", 0) + content.get("R", 0)
         assert factors == expected(layout, 4) * len(SHAPES)
         # Gram matrices or triangles in double, at most four of them; norms; a flag.

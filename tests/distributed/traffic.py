@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, gradient, mesh, randn, same_on_all, sharded
+from cases import LAYOUTS, gradient, mesh, randn, same_on_all, sharded, spread
 
 import orthdion
 
 
-def sent(layout: str | None, shapes, options) -> tuple[int, dict[str, int]]:
+def sent(layout: str | None, shapes, options, shared: bool = False) -> tuple[int, dict[str, int]]:
     """Bytes of one step after two, and by content. Layout None: replicas with gradients of their own."""
+    spread(shared)
     dtype = torch.float32
     if layout is None:
         params = [torch.nn.Parameter(randn(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes)]

@@ -25,8 +25,10 @@ __all__ = ["BUCKET_BYTES", "Communicator", "Traffic", "alone"]
 BUCKET_BYTES = 16 << 20
 #: Buckets under way at a time: one computes while the other's collectives travel.
 _IN_FLIGHT = 2
-#: Factorizations are spread over the ranks if padding their shares to one length costs no more than this.
+#: Factorizations are spread over the ranks if padding their shares to one length costs no more than this factor,
 _PADDING = 1.25
+#: and if that saves each rank so many flops: some milliseconds of a core, which two more collectives take easily.
+_WORTH = 2**28
 
 T = TypeVar("T")
 #: What a collective does: yields handles to wait for, returns the answers in the order of its requests.
@@ -130,8 +132,10 @@ class Communicator:
         owners = _owners([q.tensor.numel() for q in requests], group.size)
         shares = [[q for q, o in zip(requests, owners, strict=True) if o == rank] for rank in range(group.size)]
         longest = max(sum(q.tensor.numel() for q in share) for share in shares)
+        padded = longest * group.size > _PADDING * sum(q.tensor.numel() for q in requests)
+        saved = sum(4 * q.tensor.numel() * q.tensor.shape[1] for q in requests) * (1 - 1 / group.size)
         # A factor that was rounded on its way back would not be orthonormal: then only the sums are.
-        if self._reduce_dtype is not None or longest * group.size > _PADDING * sum(q.tensor.numel() for q in requests):
+        if self._reduce_dtype is not None or padded or saved < _WORTH:
             plain = [Reduce(q.tensor, group, q.what, q.divisor, rounded=True) for q in requests]
             reduced = yield from self.reduce(plain)
             return [(*q.work(a), a) for q, a in zip(requests, reduced, strict=True)]

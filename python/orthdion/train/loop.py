@@ -18,7 +18,7 @@ from . import checkpoint, data, sharded
 from .config import TrainConfig, learning_rate
 from .gpt import GPT, loss_of
 from .parallel import ONE, Parallel
-from .recipes import RECIPES, build, state_bytes
+from .recipes import RECIPES, build, notes, state_bytes
 
 __all__ = ["Result", "train"]
 
@@ -41,6 +41,7 @@ class Result:
     state_megabytes: float
     skipped: int
     history: list[dict[str, Any]]
+    notes: list[str]
 
 
 def train(
@@ -145,6 +146,7 @@ def train(
         state_megabytes=state_bytes(optimizers) / 1e6,
         skipped=sum(sum(getattr(o, "skipped_steps", {}).values()) for o in optimizers),
         history=metrics.rows,
+        notes=notes(optimizers),
     )
 
 

@@ -12,11 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..grouping import param_groups
-from ..optim import Dion, OrthDion
+from ..optim import CurvaDion, Dion, OrthDion
+from ..optim.lowrank import LowRankOptimizer
 from ..sharding import decouple, local
 from .config import TrainConfig
 
-__all__ = ["RECIPES", "Recipe", "build", "state_bytes"]
+__all__ = ["RECIPES", "Recipe", "build", "notes", "state_bytes"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,7 @@ class Recipe:
     make: Callable[[nn.Module, TrainConfig, float], list[Optimizer]]
 
 
-def _family(
-    kind: type[OrthDion] | type[Dion], **options: Any
-) -> Callable[[nn.Module, TrainConfig, float], list[Optimizer]]:
+def _family(kind: type[LowRankOptimizer], **options: Any) -> Callable[[nn.Module, TrainConfig, float], list[Optimizer]]:
     def make(model: nn.Module, config: TrainConfig, lr: float) -> list[Optimizer]:
         groups = param_groups(model, scalar_lr=config.scalar_lr)
         # Tails need averaged gradients; without one, factors are averaged in their place.
@@ -87,6 +86,10 @@ RECIPES = {
     ),
     "orth-dion-linear": Recipe("polar head, linear tail, 6mnr flops", 0.02, _family(OrthDion, tail="linear")),
     "dion": Recipe("Dion as published: column, (1, 0.95)", 0.02, _family(Dion)),
+    "curvadion": Recipe("CurvaDion as published: Dion where RMMC > 0.1, else local steps", 0.02, _family(CurvaDion)),
+    "curvadion-local-dion": Recipe(
+        "the same with local Dion steps, as its authors' code", 0.02, _family(CurvaDion, local_step="dion")
+    ),
     "muon": Recipe("torch.optim.Muon, full rank, and AdamW", 0.03, _muon),
     "adamw": Recipe("torch.optim.AdamW for everything", 0.0025, _adamw),
 }
@@ -104,6 +107,26 @@ def build(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"optimizer must be one of {', '.join(RECIPES)}, not {config.optimizer!r}{hint}")
     return recipe.make(model, config, recipe.lr if config.lr is None else config.lr)
+
+
+def notes(optimizers: list[Optimizer]) -> list[str]:
+    """What optimizers have to say of a run: bytes sent, steps skipped, how often replicas met."""
+    lines = []
+    for o in optimizers:
+        if not isinstance(o, LowRankOptimizer):
+            continue
+        sent = o.communication()
+        if sent.total.bytes:
+            lines.append(f"each process sent {sent.total.bytes / max(sent.steps, 1) / 1e3:,.1f} kB a step by itself")
+        if skipped := sum(o.skipped_steps.values()):
+            lines.append(f"{skipped} steps of single parameters skipped for NaN or infinity")
+        if isinstance(o, CurvaDion):
+            met = o.synchronisation()
+            lines.append(
+                f"{met.synchronised} of {met.steps} steps synchronised, {met.forced} of them by the cap; replicas were "
+                f"{100 * met.drift:.2f} % apart before the last meeting"
+            )
+    return lines
 
 
 def state_bytes(optimizers: list[Optimizer]) -> int:
