@@ -18,8 +18,8 @@ test: $(VENV)/built
 lint: $(VENV)/built
 	cargo fmt --check
 	cargo clippy --locked --all-targets --features python -- -D warnings
-	$(BIN)/ruff format --check python tests benches
-	$(BIN)/ruff check python tests benches
+	$(BIN)/ruff format --check python tests benches examples
+	$(BIN)/ruff check python tests benches examples
 	$(BIN)/mypy
 
 bench: $(VENV)/built

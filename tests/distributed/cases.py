@@ -228,3 +228,47 @@ def strided_shards() -> float:
     saved = {k: full(v) for s in both[1].state_dict()["state"].values() for k, v in s.items() if k == "Q"}
     assert saved["Q"].shape == next(s["Q"] for s in reversed(list(both[0].state.values())) if "Q" in s).shape
     return max(errors([p], [q]) for p, q in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def options_in_both(options: dict[str, Any]) -> tuple[float, list[Any], list[Any]]:
+    """FSDP2 against one process with further options: the weights' distance, and both diagnostics."""
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    models, optimizers = [], []
+    for layout in (lambda m: m, fully_shard):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 24))
+        layout(model)
+        o = orthdion.OrthDion(orthdion.param_groups(model), lr=0.02, **options)
+        for k in range(3):
+            o.zero_grad()
+            model(randn(8, 24, seed=k, dtype=torch.float32)).square().mean().backward()
+            o.step()
+        models.append(list(model.parameters()))
+        optimizers.append(o)
+    figures = [orthdion.diagnostics.last_step(o) if options.get("diagnostics") else [] for o in optimizers]
+    numbers = [[(d.nu, d.alignment, d.captured, d.effective_rank) for d in f] for f in figures]
+    return errors(models[1], models[0]), numbers[0], numbers[1]
+
+
+def another_rank_loads() -> list[tuple[int, ...]]:
+    """A state of rank 6 in an optimizer of rank 12, and Q on the matrix's other side, both sharded."""
+    where = mesh((-1,))
+    p = torch.nn.Parameter(sharded(randn(24, 40, seed=1, dtype=torch.float64), where, (Shard(0),)))
+    small, large = orthdion.OrthDion([p], rank_fraction=0.25), orthdion.OrthDion([p], rank_fraction=0.5)
+    large.load_state_dict(small.state_dict())
+    shapes = [tuple(large.state[p]["Q"].shape)]
+    state = small.state_dict()
+    state["state"][0] = {**state["state"][0], "Q": torch.linalg.qr(randn(40, 6, seed=2, dtype=torch.float64))[0]}
+    plain = torch.nn.Parameter(full(p).clone())
+    other = orthdion.OrthDion([plain], rank_fraction=0.5)
+    for o in (large, other):
+        o.load_state_dict(state)
+    for k in range(3):
+        plain.grad = gradient((24, 40), k, 0, 0, torch.float64).clone()
+        p.grad = sharded(plain.grad, where, (Shard(0),))
+        large.step()
+        other.step()
+    assert errors([p], [plain]) < 1e-10
+    return [*shapes, tuple(large.state[p]["Q"].shape)]

@@ -47,3 +47,28 @@ def test_stacks_convolutions_fused_blocks_and_vectors(world, size, options):
 
 def test_strided_shards_of_fsdp_over_tensor_parallel(world):
     assert max(world(4).run(cases.strided_shards)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"diagnostics": True},
+        {"diagnostics": True, "tail": "linear", "backend": "reference"},
+        {"compute_dtype": "bfloat16"},
+        {"momentum_dtype": torch.bfloat16, "q_dtype": torch.bfloat16},
+        {"maximize": True, "nesterov": True, "feedback": (0.9, 0.5)},
+    ],
+    ids=str,
+)
+def test_further_options_and_the_diagnostics(world, options):
+    rounded = any(v in ("bfloat16", torch.bfloat16) for v in options.values())
+    for error, alone, spread in world(2).run(cases.options_in_both, options):
+        assert error < (2e-3 if rounded else 1e-5)
+        assert len(alone) == len(spread) == (2 if options.get("diagnostics") else 0)
+        for a, b in zip(alone, spread, strict=True):
+            assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_states_of_another_rank_and_of_the_other_side_load(world):
+    for shapes in world(2).run(cases.another_rank_loads):
+        assert shapes == [(24, 6), (40, 6)]

@@ -91,3 +91,21 @@ def test_the_command_line_launches_processes_and_says_what_it_cannot_do(tmp_path
     for more, words in ((["--parallel", "fsdp"], "--launch"), (["--parallel", "zero"], "hsdp")):
         refused = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60)
         assert refused.returncode == 2 and words in refused.stderr
+
+
+def test_the_example_runs_and_another_number_of_processes_continues_it(tmp_path):
+    example = str(runs.TEXT.parents[1] / "examples" / "fsdp_and_tensor_parallel.py")
+    for processes, more in (("2", ["--tensor-parallel", "2"]), ("3", [])):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            processes,
+            example,
+        ]
+        command += ["--steps", "20", "--width", "32", "--checkpoint", str(tmp_path), *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert ("step 20:" if more else "step 40:") in done.stdout

@@ -15,7 +15,7 @@ SECONDS = 40
 
 
 def serve(rank: int, size: int, file: str, pipe: Any) -> None:
-    """A worker: runs what it is sent until it is sent None."""
+    """A worker: runs what it is sent until nobody sends any more."""
     import torch
     import torch.distributed as dist
 
@@ -24,8 +24,11 @@ def serve(rank: int, size: int, file: str, pipe: Any) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     store = dist.FileStore(file, size)
     dist.init_process_group("gloo", rank=rank, world_size=size, store=store, timeout=timedelta(seconds=SECONDS))
-    while (job := pipe.recv()) is not None:
-        module, name, args = job
+    while True:
+        try:
+            module, name, args = pipe.recv()
+        except EOFError:  # the session has ended
+            break
         try:
             pipe.send((True, getattr(importlib.import_module(module), name)(*args)))
         except BaseException:

@@ -24,8 +24,8 @@ class Synchronisation:
     Attributes:
         steps, synchronised: how many steps there were, and how many of them were synchronised.
         forced: those of them that ``max_interval`` asked for.
-        drift: just before the last meeting, the distance of a replica's weights from the mean of all, relative to its
-            norm; the root mean square over replicas.
+        drift: the distance of a replica's weights from the mean of all, relative to its norm (the root mean square over
+            replicas), just before the meeting where it was largest.
         largest_change: the largest RMMC of the last step, over all ranks and layers.
     """
 
@@ -185,7 +185,7 @@ class CurvaDion(LowRankOptimizer):
             t.copy_(mean)
         moved = torch.tensor([drift, total], dtype=torch.float64, device=targets[0][0].device if targets else None)
         drift, total = self._comm.run([mean_over(everyone(), moved, "norms")], [0])[0].tolist()
-        self._drift = math.sqrt(drift / total) if total else 0.0
+        self._drift = max(self._drift, math.sqrt(drift / total) if total else 0.0)
 
 
 def _change(m: Tensor, g: Tensor | None, at: Layout, maximize: bool) -> Body[float]:

@@ -26,14 +26,20 @@ class OrthDion(LowRankOptimizer):
     .. math::
         M \leftarrow M + G, \quad B = \mu M + G, \quad M \leftarrow a M - (a - b) P (M^\top P)^\top
 
-    It needs gradients that are already synchronised, which one process always has.
+    It needs gradients that are already synchronised, as one process, FSDP and plain DDP have them.
+
+    DTensor parameters (FSDP2, tensor parallel, both, HSDP) need no arguments: rows and columns are read off their
+    placements, and the step is the one that a single process would take, to rounding.
 
     Args:
         params: parameters or groups; :func:`orthdion.param_groups` makes good ones. Group keys are this constructor's
             keywords and ``algorithm`` ("dion" for matrices, "adamw", "lion"), ``flatten`` (a 3-D convolution weight
             is one matrix) and ``row_blocks`` (a fused QKV weight has 3).
-        replicate_mesh, outer_shard_mesh, inner_shard_mesh, replicate_mesh_grad_sync: as in microsoft/dion; this
-            version runs in one process and refuses them.
+        replicate_mesh: the ranks that hold copies with gradients of their own, whose P and R are averaged in place of
+            gradients: what :func:`orthdion.decouple` returns for a DDP model, a one-dimensional DeviceMesh, or a
+            ProcessGroup. None: gradients arrive synchronised, or there is one process.
+        outer_shard_mesh, inner_shard_mesh: checked against the parameters' own meshes. None: those are believed.
+        replicate_mesh_grad_sync: False says that gradients over ``replicate_mesh`` arrive synchronised after all.
         rank_fraction: r over min(m, n), in (0, 1]. None: 1/4.
         rank_multiple_of: r is rounded up to a multiple of this.
         lr: η, the same for all widths; for AdamW and Lion groups the plain learning rate. A tensor is read at each
@@ -54,11 +60,14 @@ class OrthDion(LowRankOptimizer):
         momentum_dtype, q_dtype: of the states; None is the parameter's. Factorisations are at least float32 always.
         compute_dtype: "bfloat16" rounds the operands of float32 products (sums and factorisations are not touched):
             faster where the processor multiplies bfloat16. None: not.
+        reduce_dtype: rounds P, R and averaged gradients on the wire, torch.bfloat16 say. None: not.
         backend: "auto", "rust" or "reference".
         diagnostics: collect :func:`orthdion.diagnostics.last_step`'s figures.
 
     Raises:
-        ValueError: a hyperparameter out of range, an unknown group key, a vector in a low-rank group.
+        ValueError: a hyperparameter out of range, an unknown group key, a vector in a low-rank group, a tail where only
+            factors are averaged, meshes that do not fit the parameters.
+        NotImplementedError: a placement that cannot be handled.
         TypeError: a parameter that is not real floating-point, or an argument of the wrong kind.
 
     Example:

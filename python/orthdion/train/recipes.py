@@ -123,8 +123,8 @@ def notes(optimizers: list[Optimizer]) -> list[str]:
         if isinstance(o, CurvaDion):
             met = o.synchronisation()
             lines.append(
-                f"{met.synchronised} of {met.steps} steps synchronised, {met.forced} of them by the cap; replicas were "
-                f"{100 * met.drift:.2f} % apart before the last meeting"
+                f"{met.synchronised} of {met.steps} steps synchronised, {met.forced} of them by the cap; "
+                f"replicas' weights were up to {met.drift:.1e} of their norm apart"
             )
     return lines
 
