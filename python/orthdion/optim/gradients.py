@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,22 +16,24 @@ __all__ = ["FLOATS", "Arrival", "arrive", "check", "gradient", "power_sum", "sam
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check(name: str, p: Tensor) -> None:
-    """Refuses a gradient that no backend could read.
+def check(p: Tensor, name_of: Callable[[Tensor], str]) -> None:
+    """Refuses a gradient that no backend could read; the name is only asked for then.
 
     Raises:
         TypeError: sparse, complex or integer. ValueError: another shape or device than the parameter's.
     """
     g = p.grad
     assert g is not None
+    if g.layout == torch.strided and g.dtype in FLOATS and g.shape == p.shape and g.device == p.device:
+        return
+    name = name_of(p)
     if g.layout != torch.strided:
         raise TypeError(f"the gradient of {name} is sparse; make it dense (embedding: sparse=False)")
     if g.dtype not in FLOATS:
         raise TypeError(f"the gradient of {name} has dtype {g.dtype}; it must be real and floating")
     if g.shape != p.shape:
         raise ValueError(f"the gradient of {name} has shape {tuple(g.shape)}; clear it and run backward again")
-    if g.device != p.device:
-        raise ValueError(f"the gradient of {name} is on {g.device}, the parameter on {p.device}; move one")
+    raise ValueError(f"the gradient of {name} is on {g.device}, the parameter on {p.device}; move one")
 
 
 def gradient(p: Tensor) -> Tensor | None:

@@ -205,7 +205,7 @@ class LowRankOptimizer(SavedOptimizer):
         self._meshes.check(name, placed)
         layout = states.specs(name, p, group, placed, r, flip)
         state = states.initial(p, group, placed, layout, start, (self._momentum_dtype, self._q_dtype))
-        self._check_tail(name, group, self._layout(p, group, placed, r))
+        self._check_tail(p, group, self._layout(p, group, placed, r))
         return state, placed
 
     def _layout_of(self, p: Tensor, group: dict[str, Any]) -> Layout:
@@ -219,11 +219,11 @@ class LowRankOptimizer(SavedOptimizer):
         _, m, n = blocks.matrix_shape(p.shape, group["flatten"], group["row_blocks"])
         return replace(placed.layout, compressed=(m + n) * r < m * n)
 
-    def _check_tail(self, name: str, group: dict[str, Any], at: Layout) -> None:
+    def _check_tail(self, p: Tensor, group: dict[str, Any], at: Layout) -> None:
         if at.compressed and group["tail"] != "feedback":
             raise ValueError(
-                f"tail={group['tail']!r} applies what rank r misses of the averaged gradient, but for {name} only its "
-                "rank-r factors are averaged; use tail='feedback', or let DDP average gradients and leave out "
+                f"tail={group['tail']!r} applies what rank r misses of the averaged gradient, but of {self._name(p)} "
+                "only rank-r factors are averaged; use tail='feedback', or let DDP average gradients and leave out "
                 "replicate_mesh"
             )
 
@@ -260,10 +260,11 @@ class LowRankOptimizer(SavedOptimizer):
         copies = views.Copies([])
         lowrank: dict[str, list[tuple[Tensor, Matrix, Options]]] = {}
         rest: dict[str, list[tuple[Tensor, tuple[Tensor, ...], Rule]]] = {}
+        options = {id(group): self._options(group) for group in self.param_groups if group["algorithm"] == "dion"}
         for p, group, g, at in self._arrived(given):
             backend = choose(self._backend, p.device, p.dtype)[0]
             if group["algorithm"] == "dion":
-                o, arrived = self._options(group), g is not None
+                o, arrived = options[id(group)], g is not None
                 g = g if g is not None else torch.zeros_like(local(p))
                 made = views.matrices(p, g, self.state[p], group, self._placed[p], at, arrived, copies)
                 lowrank.setdefault(backend, []).extend((p, matrix, o) for matrix in made)
@@ -295,8 +296,8 @@ class LowRankOptimizer(SavedOptimizer):
                     if key != "step" and value.device != p.device:
                         self.state[p][key] = value.to(p.device)
                 if p.grad is not None:
-                    gradients.check(self._name(p), p)
-                self._check_tail(self._name(p), group, at)
+                    gradients.check(p, self._name)
+                self._check_tail(p, group, at)
                 result.append((p, group, gradients.gradient(p), at))
         return result
 

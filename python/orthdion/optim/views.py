@@ -61,6 +61,8 @@ def _cut(
     """The 2-D views of a tensor; ``cut`` are the row ranges of its blocks, of which this rank may hold a part."""
     if t.ndim == 3 and not flatten:
         return list(t.unbind(0))
+    if t.ndim == 2 and len(cut) == 1:
+        return [t]
     matrix = blocks.as_matrix(t, like)
     if not read_only and not blocks.is_view(matrix, t):
         copies.made.append((t, matrix, like))
