@@ -88,6 +88,22 @@ def troubles_between_meetings() -> bool:
     return all(bool(p.isfinite().all()) for p in params)
 
 
+def shards_between_meetings() -> bool:
+    """A NaN on one shard leaves the whole matrix alone in a local step too."""
+    from cases import Shard, full, mesh, sharded
+
+    p = nn.Parameter(sharded(randn(8, 6, seed=1, dtype=torch.float64), mesh((-1,)), (Shard(0),)))
+    o = orthdion.CurvaDion([p], threshold=1e9)
+    for k in range(2):
+        g = randn(8, 6, seed=k, dtype=torch.float64)
+        if k:
+            g[-1, 0] = math.nan
+        before = full(p).clone()
+        p.grad = sharded(g, mesh((-1,)), (Shard(0),))
+        o.step()
+    return torch.equal(before, full(p)) and sum(o.skipped_steps.values()) == 1
+
+
 def ddp(prepare: bool) -> tuple[bool, list[str], bool]:
     """Whether gradients stay apart through backward, what is warned of, and whether weights are equal after steps."""
     torch.manual_seed(0)

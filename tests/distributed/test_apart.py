@@ -1,5 +1,7 @@
 """Replicas with gradients of their own: DDP models, clipping, saving, and CurvaDion's rare meetings."""
 
+import copy
+
 import apart
 import pytest
 import torch
@@ -58,6 +60,24 @@ def test_with_threshold_zero_it_is_dion(world):
 
 def test_troubles_between_meetings_are_local_and_end_with_them(world):
     assert all(world(2).run(apart.troubles_between_meetings))
+
+
+def test_a_nan_on_one_shard_skips_the_whole_matrix_between_meetings_too(world):
+    assert all(world(2).run(apart.shards_between_meetings))
+
+
+def test_a_copy_goes_on_alike():
+    p = torch.nn.Parameter(torch.randn(6, 4))
+    o = orthdion.CurvaDion([p], threshold=0.3, max_interval=3)
+    p.grad = torch.randn(6, 4)
+    o.step()
+    twin = copy.deepcopy(o)
+    q = twin.param_groups[0]["params"][0]
+    for _ in range(4):
+        q.grad = p.grad.clone()
+        o.step()
+        twin.step()
+    assert torch.equal(p, q) and twin.synchronisation() == o.synchronisation()
 
 
 def test_the_papers_local_step_in_one_process():

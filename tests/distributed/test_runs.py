@@ -58,6 +58,27 @@ def test_a_run_continues_in_another_layout_and_number_of_processes(world, tmp_pa
     assert close(unbroken[4:], history[-4:])
 
 
+def test_a_run_may_go_back_and_forth_between_one_process_and_several(world, tmp_path):
+    config = dataclasses.replace(runs.SMALL, optimizer="orth-dion", clip=0.0, checkpoint_every=2)
+    unbroken, _ = runs.losses(config, None)
+    out = str(tmp_path)
+    world(2).run(runs.losses, config, "fsdp", out, False, 3)
+    assert runs.losses(config, None, out, True, 5) is None
+    assert not (tmp_path / "latest.json").exists()
+    world(2).run(runs.losses, config, "ddp", out, True, 7)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    history, _ = runs.losses(config, None, out, True)
+    assert close(unbroken[6:], history[-2:])
+
+
+def test_torchs_optimizers_continue_over_processes_too(world, tmp_path):
+    config = dataclasses.replace(runs.SMALL, optimizer="adamw", clip=0.0)
+    unbroken, _ = runs.losses(config, None)
+    runs.losses(config, None, str(tmp_path), False, 6)
+    for history, _ in world(2).run(runs.losses, config, "fsdp", str(tmp_path), True):
+        assert close(unbroken[4:], history[-4:])
+
+
 @pytest.mark.parametrize("what", ["step", "checkpoint"])
 def test_a_killed_rank_hangs_nobody_and_the_last_checkpoint_loads(tmp_path, what):
     from world import World

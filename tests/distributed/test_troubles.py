@@ -17,6 +17,15 @@ class TestOnOneRank:
         world(4).run(troubles.zero_gradient, replicated)
 
 
+def test_a_gradient_may_be_missing_at_the_first_step(world):
+    world(2).run(troubles.missing_at_the_first_step)
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_ranks_with_unlike_numbers_of_experts(world, count):
+    assert max(world(2).run(troubles.unlike_numbers_of_experts, count)) < 1e-10
+
+
 @pytest.mark.parametrize("right_factor", ["qr", "column", "polar"])
 def test_rank_deficient_gradients_and_their_warm_start(world, right_factor):
     world(4).run(troubles.rank_deficient, right_factor)
@@ -38,6 +47,9 @@ def test_what_cannot_be_handled_is_refused_by_name(world):
         ("TypeError", "DistributedDataParallel"),
         ("TypeError", "state_dict"),
         ("TypeError", "replicate_mesh_grad_sync"),
+        ("ValueError", "float16"),
+        ("ValueError", "replicate_mesh"),
+        ("accepted", ""),
     ]
     for messages in world(4).run(troubles.refusals):
         for message, (kind, words) in zip(messages, expected, strict=True):

@@ -61,6 +61,43 @@ def missing_gradient(replicated: bool) -> None:
         assert moved == [i != lost for i in range(len(SHAPES))]
 
 
+def missing_at_the_first_step() -> None:
+    """Also when nothing is known yet, and when it is the only parameter."""
+    for shapes in ([(20, 16)], [(20, 16), (16, 20)]):
+        params = parameters(True, shapes)
+        o = orthdion.OrthDion(params, replicate_mesh=dist.group.WORLD, rank_fraction=0.2)
+        give(params, 0, True)
+        if dist.get_rank() == 1:
+            params[0].grad = None
+        o.step()
+        assert same_on_all(params)
+
+
+def unlike_numbers_of_experts(count: int) -> float:
+    """Ranks with unlike numbers of a stack's matrices, and dense ones that they share, over several buckets."""
+    from orthdion.sharding import communicator
+
+    communicator.BUCKET_BYTES = 20_000
+    shapes = [(count, 40, 30), *[(40, 30)] * 6]
+    where, placement = mesh((-1,)), (Shard(0),)
+    worst = 0.0
+    for backend in ("rust", "reference"):
+        whole = [torch.nn.Parameter(randn(*s, seed=i, dtype=torch.float64)) for i, s in enumerate(shapes)]
+        parts = [torch.nn.Parameter(sharded(p.detach(), where, placement)) for p in whole]
+        both = [orthdion.OrthDion(x, rank_fraction=0.2, backend=backend) for x in (whole, parts)]
+        for k in range(2):
+            for i, s in enumerate(shapes):
+                whole[i].grad = gradient(s, k, i, 0, torch.float64).clone()
+                parts[i].grad = sharded(whole[i].grad, where, placement)
+            norms = [float(o.clip_grad_norm_(1.0)) for o in both]
+            assert abs(norms[0] - norms[1]) < 1e-12 * norms[0]
+            for o in both:
+                o.step()
+        worst = max(worst, cases.errors(parts, whole))
+    communicator.BUCKET_BYTES = 16 << 20
+    return worst
+
+
 def nan_on_one_rank(replicated: bool) -> None:
     """That parameter is left alone on every rank, counted on every rank, and moves again afterwards."""
     for bad in range(len(SHAPES)):
@@ -164,6 +201,11 @@ def refusals() -> list[str]:
         lambda: orthdion.decouple(torch.nn.Linear(3, 3)),
         lambda: orthdion.OrthDion([p], replicate_mesh=world).__getstate__(),
         lambda: orthdion.OrthDion([p], replicate_mesh_grad_sync=1),
+        lambda: orthdion.OrthDion([p], reduce_dtype=torch.float16),
+        lambda: orthdion.OrthDion(
+            [torch.nn.Parameter(sharded(p.detach(), two["axis1"], (Shard(0),)))], replicate_mesh=world
+        ),
+        lambda: orthdion.OrthDion([shard], outer_shard_mesh=w),
     ]
     for attempt in attempts:
         try:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..sharding import Body, Group, Layout, Reduce, everyone, local, mean_over
+from ..sharding import Body, Group, Layout, Reduce, everyone, local, mean_over, one_each
+from .gradients import arrive
 from .hyper import number
 from .lowrank import Given, LowRankOptimizer
 from .step import Report
@@ -69,6 +70,11 @@ class CurvaDion(LowRankOptimizer):
     """
 
     _published = ("column", "dion")
+    _kept = (
+        *LowRankOptimizer._kept,
+        *("_threshold", "_max_interval", "_local_step", "_local_lr"),
+        *("_since", "_steps", "_synchronised", "_forced", "_drift", "_largest"),
+    )
 
     def __init__(
         self,
@@ -124,16 +130,16 @@ class CurvaDion(LowRankOptimizer):
                 local(self.state[p]["Q"]).copy_(q)
             return
         super()._advance([x for x in alone if x[1]["algorithm"] != "dion"])
-        for p, group, g, _ in alone:
-            if group["algorithm"] == "dion" and g is not None:
-                self._gradient_step(p, group, g)
+        matrices = [x for x in alone if x[1]["algorithm"] == "dion"]
+        bodies = [arrive(torch.zeros_like(local(p)) if g is None else g, g is not None, at) for p, _, g, at in matrices]
+        for (p, group, _, _), arrival in zip(matrices, self._comm.run(bodies, one_each(bodies)), strict=True):
+            if arrival.skipped or arrival.g is not None:
+                self._reports.setdefault(p, []).append(Report(arrival.skipped))
+            if arrival.g is not None:
+                self._gradient_step(p, group, arrival.g)
 
     def _gradient_step(self, p: Tensor, group: dict[str, Any], g: Tensor) -> None:
         """``X ← (1 − ηλ)X − η_local·G``, ``M ← μM + G``"""
-        finite = bool(torch.isfinite(g).all())
-        self._reports.setdefault(p, []).append(Report(skipped=not finite))
-        if not finite:
-            return
         x, m = local(p.detach()), local(self.state[p]["momentum"])
         lr = float(group["lr"])
         step = lr if self._local_lr is None else self._local_lr
@@ -152,7 +158,7 @@ class CurvaDion(LowRankOptimizer):
         largest = torch.tensor(max(changes, default=0.0), dtype=torch.float64)
         if given:
             largest = largest.to(given[0][0].device)
-        alone = self._meshes.replicas.size == 1 and all(at.shards.size == 1 for *_, at in given)
+        alone = self._meshes.replicas.size == 1 and all(at.whole.size == 1 for *_, at in given)
         return float(largest) if alone else self._comm.run([_maximum(largest, everyone())], [0])[0]
 
     def _reunite(self) -> None:
@@ -178,7 +184,7 @@ class CurvaDion(LowRankOptimizer):
                         targets.append((local(state), False))
         bodies = [mean_over(replicas, t, "weights") for t, _ in targets]
         drift = total = 0.0
-        for (t, weight), mean in zip(targets, self._comm.run(bodies, [t.nbytes for t, _ in targets]), strict=True):
+        for (t, weight), mean in zip(targets, self._comm.run(bodies, one_each(bodies)), strict=True):
             if weight:
                 drift += float((t.double() - mean.double()).square().sum())
                 total += float(mean.double().square().sum())

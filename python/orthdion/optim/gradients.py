@@ -68,11 +68,13 @@ def arrive(g: Tensor, here: bool, at: Layout) -> Body[Arrival]:
     return Arrival((yield Reduce(wide, at.replicas, "gradient", at.replicas.size, rounded=True)))
 
 
-def same_everywhere(gradients: list[tuple[Tensor, Layout]]) -> Body[bool]:
+def same_everywhere(gradients: list[tuple[Tensor | None, Layout]]) -> Body[bool]:
     """Whether gradients that should differ between replicas are equal on all of them, and not zero."""
     if not gradients:
         return False
-    sums = torch.stack([g.double().sum() for g, _ in gradients])
+    device = next((g.device for g, _ in gradients if g is not None), None)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    sums = torch.stack([zero if g is None else g.double().sum() for g, _ in gradients])
     both = yield Reduce(torch.cat([sums, -sums]), gradients[0][1].replicas, "flags", op="max")
     high, low = both.chunk(2)
     return bool((high == -low).all()) and bool(sums.any())
@@ -82,7 +84,7 @@ def power_sum(g: Tensor, p: float, at: Layout) -> Body[Tensor]:
     """``Σ|g|ᵖ`` over the shards, the mean of it over replicas; for p = ∞ the largest entry."""
     if math.isinf(p):
         top = g.double().abs().amax() if g.numel() else g.new_zeros((), dtype=torch.float64)
-        largest: Tensor = yield Reduce(top, at.domain, "norm", op="max")
+        largest: Tensor = yield Reduce(top, at.whole, "norm", op="max")
         return largest
-    total: Tensor = yield Reduce(g.double().abs().pow(p).sum(), at.domain, "norm", at.replicas.size)
+    total: Tensor = yield Reduce(g.double().abs().pow(p).sum(), at.whole, "norm", at.replicas.size)
     return total

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, overload
 
 import torch
@@ -83,6 +84,8 @@ class LowRankOptimizer(SavedOptimizer):
         for name, dtype in (("momentum_dtype", momentum_dtype), ("q_dtype", q_dtype), ("reduce_dtype", reduce_dtype)):
             if dtype is not None and dtype not in gradients.FLOATS:
                 raise TypeError(f"{name} must be one of {', '.join(map(str, gradients.FLOATS))} or None, not {dtype!r}")
+        if reduce_dtype == torch.float16:
+            raise ValueError("reduce_dtype=torch.float16 overflows on factors; use torch.bfloat16")
         if compute_dtype not in (None, "bfloat16", torch.bfloat16):
             raise ValueError(f"compute_dtype must be 'bfloat16' or None (the working precision), not {compute_dtype!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -166,6 +169,7 @@ class LowRankOptimizer(SavedOptimizer):
         self._check_overlap()
         for p, (state, placed) in zip(group["params"], made, strict=True):
             self.state[p], self._placed[p] = state, placed
+            self._comm.uniform &= not placed.stack_is_shared(p.ndim, group["flatten"])
 
     def _check_overlap(self) -> None:
         """Refuses parameters that share memory: one step would write over the other's."""
@@ -261,12 +265,14 @@ class LowRankOptimizer(SavedOptimizer):
         lowrank: dict[str, list[tuple[Tensor, Matrix, Options]]] = {}
         rest: dict[str, list[tuple[Tensor, tuple[Tensor, ...], Rule]]] = {}
         options = {id(group): self._options(group) for group in self.param_groups if group["algorithm"] == "dion"}
+        offset = 0
         for p, group, g, at in self._arrived(given):
             backend = choose(self._backend, p.device, p.dtype)[0]
             if group["algorithm"] == "dion":
                 o, arrived = options[id(group)], g is not None
                 g = g if g is not None else torch.zeros_like(local(p))
-                made = views.matrices(p, g, self.state[p], group, self._placed[p], at, arrived, copies)
+                made = views.matrices(p, g, self.state[p], group, self._placed[p], at, arrived, offset, copies)
+                offset += p.numel() * p.element_size() // at.shards.size
                 lowrank.setdefault(backend, []).extend((p, matrix, o) for matrix in made)
             elif g is not None:
                 state = self.state[p]
@@ -304,7 +310,7 @@ class LowRankOptimizer(SavedOptimizer):
     def _arrived(self, given: list[Given]) -> list[Given]:
         """The gradients to step with: averaged over replicas where factors are not, and agreed upon by all ranks."""
         if not self._comm.steps:
-            compressed = [(g, at) for _, _, g, at in given if at.compressed and g is not None]
+            compressed = [(g, at) for _, _, g, at in given if at.compressed]
             if any(self._comm.run([gradients.same_everywhere(compressed)], [0])):
                 warnings.warn(
                     "gradients arrive already synchronised: every replica has the same ones, so sending factors saves "
@@ -321,7 +327,8 @@ class LowRankOptimizer(SavedOptimizer):
                 bodies.append(gradients.arrive(there, g is not None, at))
                 waiting.append((p, group, at))
         sizes = [p.numel() * p.element_size() // at.shards.size for p, _, at in waiting]
-        for (p, group, at), arrival in zip(waiting, self._comm.run(bodies, sizes), strict=True):
+        offsets = list(accumulate(sizes, initial=0))[:-1]
+        for (p, group, at), arrival in zip(waiting, self._comm.run(bodies, offsets), strict=True):
             if arrival.skipped:
                 self._reports.setdefault(p, []).append(Report(skipped=True))
             elif arrival.g is not None:

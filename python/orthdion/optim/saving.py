@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from ..sharding import Communicator, Meshes, Placed, local, mean_over, meet, place, roles
+from ..sharding import Communicator, Meshes, Placed, local, mean_over, meet, one_each, place, roles
 from . import states
 
 __all__ = ["SavedOptimizer"]
@@ -17,6 +17,12 @@ __all__ = ["SavedOptimizer"]
 
 class SavedOptimizer(Optimizer):
     """The part of :class:`LowRankOptimizer` that knows how states are kept."""
+
+    #: What a copy has of its original, beyond torch's own.
+    _kept: tuple[str, ...] = (
+        *("_seed", "_momentum_dtype", "_q_dtype", "_half"),
+        *("_backend", "_diagnose", "skipped_steps"),
+    )
 
     _meshes: Meshes
     _comm: Communicator
@@ -62,7 +68,7 @@ class SavedOptimizer(Optimizer):
                     m = local(self.state[p]["momentum"])
                     bodies.append(mean_over(at.replicas, m, "momentum"))
                     targets.append(m)
-        for m, average in zip(targets, self._comm.run(bodies, [m.nbytes for m in targets]), strict=True):
+        for m, average in zip(targets, self._comm.run(bodies, one_each(bodies)), strict=True):
             m.copy_(average)
         self._drifted = False
 
@@ -110,7 +116,6 @@ class SavedOptimizer(Optimizer):
                 "an optimizer with a replicate_mesh cannot be copied or pickled, as it belongs to a process group; "
                 "save its state_dict() and build a new one"
             )
-        kept = ("_seed", "_momentum_dtype", "_q_dtype", "_half", "_backend", "_diagnose", "skipped_steps")
         fresh = {"_reports": {}, "_placed": {}, "_meshes": Meshes(), "_drifted": False}
         state: dict[str, Any] = super().__getstate__()
-        return {**state, **{k: self.__dict__[k] for k in kept}, **fresh, "_comm": self._comm.fresh()}
+        return {**state, **{k: self.__dict__[k] for k in self._kept}, **fresh, "_comm": self._comm.fresh()}

@@ -59,7 +59,8 @@ class Matrix:
     """One matrix and its state: local views X, G, M (m, n) and Q (n, r); ``scale`` multiplies η.
 
     ``shape`` is the whole matrix's, ``layout`` the groups its parts lie on. ``arrived`` is False if this rank has no
-    gradient, so that G is zero here; where no rank has one the matrix is left alone.
+    gradient, so that G is zero here; where no rank has one the matrix is left alone. ``offset``: how many bytes of
+    other parameters come before this one's, counted alike on every rank.
     """
 
     x: Tensor
@@ -70,6 +71,7 @@ class Matrix:
     shape: tuple[int, int]
     layout: Layout = field(default_factory=Layout)
     arrived: bool = True
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ class Tail:
 
 def step(matrices: Sequence[tuple[Matrix, Options]], be: Reference, comm: Communicator) -> list[Report]:
     """Steps every matrix in place."""
-    sizes = [m.shape[0] * m.shape[1] * m.x.element_size() // m.layout.shards.size for m, _ in matrices]
-    return comm.run([_one(matrix, o, be.rounding(o.half)) for matrix, o in matrices], sizes)
+    bodies = [_one(matrix, o, be.rounding(o.half)) for matrix, o in matrices]
+    return comm.run(bodies, [matrix.offset for matrix, _ in matrices])
 
 
 def _one(matrix: Matrix, o: Options, be: Reference) -> Body[Report]:

@@ -35,6 +35,7 @@ def matrices(
     placed: Placed,
     layout: Layout,
     arrived: bool,
+    offset: int,
     copies: Copies,
 ) -> list[Matrix]:
     """The low-rank matrices of a parameter, from its local gradient ``g``."""
@@ -47,10 +48,10 @@ def matrices(
     scale = (rows / max(cols, 1)) ** 0.5
     if not flip:
         triples = zip(xs, gs, ms, qs, strict=True)
-        return [Matrix(*views, scale, (rows, cols), layout, arrived) for views in triples]
+        return [Matrix(*views, scale, (rows, cols), layout, arrived, offset) for views in triples]
     turned = layout.transposed()
     return [
-        Matrix(xi.T, gi.T, mi.T, qi, scale, (cols, rows), turned, arrived)
+        Matrix(xi.T, gi.T, mi.T, qi, scale, (cols, rows), turned, arrived, offset)
         for xi, gi, mi, qi in zip(xs, gs, ms, qs, strict=True)
     ]
 

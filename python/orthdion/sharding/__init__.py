@@ -1,6 +1,6 @@
 """Where a matrix lies over process groups, and what its ranks tell each other (docs/algorithms.md, section 7)."""
 
-from .communicator import Communicator, Traffic
+from .communicator import Communicator, Traffic, one_each
 from .ddp import Replicas, decouple
 from .groups import ALONE, Group, everyone, meet
 from .layout import Layout, Placed, is_dtensor, local, place, roles
@@ -26,6 +26,7 @@ __all__ = [
     "local",
     "mean_over",
     "meet",
+    "one_each",
     "place",
     "roles",
 ]

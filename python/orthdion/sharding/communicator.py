@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -19,12 +20,10 @@ from torch import Tensor
 from .groups import Group
 from .requests import Body, Factorize, Gather, Reduce, Request, Work
 
-__all__ = ["BUCKET_BYTES", "Communicator", "Traffic", "alone"]
+__all__ = ["BUCKET_BYTES", "Communicator", "Traffic", "alone", "one_each"]
 
 #: Matrices up to this many bytes travel together.
 BUCKET_BYTES = 16 << 20
-#: Buckets under way at a time: one computes while the other's collectives travel.
-_IN_FLIGHT = 2
 #: Factorizations are spread over the ranks if padding their shares to one length costs no more than this factor,
 _PADDING = 1.25
 #: and if that saves each rank so many flops: some milliseconds of a core, which two more collectives take easily.
@@ -74,11 +73,19 @@ def alone(request: Request) -> Any:
     return (*request.work(request.tensor), request.tensor)
 
 
+def one_each(bodies: Sequence[Body[Any]]) -> list[int]:
+    """Offsets that put every body into a bucket of its own."""
+    return [i * BUCKET_BYTES for i in range(len(bodies))]
+
+
 class Communicator:
     """Runs bodies; ``reduce_dtype`` rounds factors and gradients on the wire."""
 
     def __init__(self, reduce_dtype: torch.dtype | None = None) -> None:
         self._reduce_dtype = reduce_dtype
+        #: Whether every rank has every matrix. Where stacks are shared out, ranks take unlike numbers of rounds, and
+        #: two buckets at a time would post what they have in common in unlike orders.
+        self.uniform = True
         #: Since the last step, in the last one, and in all.
         self.traffic, self.last, self.total = Traffic(), Traffic(), Traffic()
         self.steps = 0
@@ -91,15 +98,21 @@ class Communicator:
 
     def fresh(self) -> Communicator:
         """One like it that has sent nothing."""
-        return Communicator(self._reduce_dtype)
+        other = Communicator(self._reduce_dtype)
+        other.uniform = self.uniform
+        return other
 
-    def run(self, bodies: Sequence[Body[T]], sizes: Iterable[int]) -> list[T]:
-        """What the bodies return, in their order. ``sizes``: the bytes each one handles, the same on every rank."""
+    def run(self, bodies: Sequence[Body[T]], offsets: Iterable[int]) -> list[T]:
+        """What the bodies return, in their order. ``offsets``: how many bytes come before each one; ascending, and of
+        bodies that talk to each other the same on every rank. Those in the same ``BUCKET_BYTES`` travel together.
+        """
+        # One bucket computes while the other's collectives travel.
+        most = 2 if self.uniform else 1
         results: dict[int, T] = {}
-        waiting = deque(_Bucket(self, part, results) for part in _cut(list(enumerate(bodies)), list(sizes)))
+        waiting = deque(_Bucket(self, part, results) for part in _cut(list(enumerate(bodies)), list(offsets)))
         flying: deque[_Bucket] = deque()
         while waiting or flying:
-            bucket = waiting.popleft() if waiting and len(flying) < _IN_FLIGHT else flying.popleft()
+            bucket = waiting.popleft() if waiting and len(flying) < most else flying.popleft()
             if bucket.advance():
                 flying.append(bucket)
         return [results[i] for i in range(len(bodies))]
@@ -229,17 +242,9 @@ def _owners(sizes: list[int], ranks: int) -> list[int]:
     return owners
 
 
-def _cut(bodies: list[tuple[int, Body[T]]], sizes: list[int]) -> list[list[tuple[int, Body[T]]]]:
-    """Consecutive parts of about ``BUCKET_BYTES``."""
-    parts: list[list[tuple[int, Body[T]]]] = []
-    room = 0
-    for body, size in zip(bodies, sizes, strict=True):
-        if room <= 0:
-            parts.append([])
-            room = BUCKET_BYTES
-        parts[-1].append(body)
-        room -= size
-    return parts
+def _cut(bodies: list[tuple[int, Body[T]]], offsets: list[int]) -> list[list[tuple[int, Body[T]]]]:
+    pairs = zip(offsets, bodies, strict=True)
+    return [[body for _, body in part] for _, part in groupby(pairs, key=lambda pair: pair[0] // BUCKET_BYTES)]
 
 
 class _Flight:

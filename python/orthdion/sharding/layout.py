@@ -27,7 +27,8 @@ Role = str
 @dataclass(frozen=True)
 class Layout:
     """The groups that a matrix is laid out on. ``left`` is where P is summed (cols × replicas), ``right`` where R is
-    (rows × replicas), ``shards`` rows × cols, ``domain`` all three; ``compressed``: P and R are averaged, not G.
+    (rows × replicas), ``shards`` rows × cols, ``domain`` all three, ``whole`` these and the ranks with other matrices
+    of a stack; ``compressed``: P and R are averaged, not G.
     """
 
     rows: Group = ALONE
@@ -37,6 +38,7 @@ class Layout:
     right: Group = ALONE
     shards: Group = ALONE
     domain: Group = ALONE
+    whole: Group = ALONE
     compressed: bool = False
 
     @property
@@ -61,6 +63,10 @@ class Placed:
     placements: tuple[Any, ...]
     ranges: tuple[tuple[int, int], ...]
     layout: Layout
+
+    def stack_is_shared(self, ndim: int, flatten: bool | None) -> bool:
+        """Whether ranks hold different matrices of a stack."""
+        return ndim == 3 and not flatten and any(s.is_shard(0) for s in self.placements)
 
     def wrap(self, t: Tensor, shape: torch.Size, axes: dict[int, int]) -> Tensor:
         """A local state as the DTensor it is a part of; ``axes`` maps the parameter's axes to the state's."""
@@ -152,12 +158,21 @@ def place(p: Tensor, name: str, roles_of: list[Role] | None, replicas: Group) ->
             f"{name}: rank {dist.get_rank()} holds {tuple(local(p).shape)} where {placements} give "
             f"{tuple(b - a for a, b in ranges)}; shard it with torch's own Shard placements"
         )
-    if replicas.size > 1 and set(replicas.ranks) & set(_span(mesh, list(range(mesh.ndim)))) != {dist.get_rank()}:
-        replicas = ALONE  # replicate_mesh is a dimension of the weight's own mesh, whose gradients FSDP2 has averaged
+    copies = _span(mesh, [d for d in range(mesh.ndim) if d not in order])
+    if replicas.size > 1 and set(replicas.ranks) <= set(copies):
+        replicas = ALONE  # a dimension of the weight's own mesh, over which FSDP2 has averaged the gradients
+    elif set(replicas.ranks) & set(_span(mesh, list(range(mesh.ndim)))) > {dist.get_rank()}:
+        raise ValueError(
+            f"{name} is sharded over ranks that replicate_mesh {replicas.ranks} holds to have copies of it; give "
+            "replicate_mesh the mesh dimension whose ranks have copies"
+        )
     rows, cols = (_group(mesh, groups.get(k, [])) for k in ("rows", "cols"))
     everything = [d for k, ds in groups.items() if k != "batch" for d in ds]
     shards = _group(mesh, everything)
-    return Placed(mesh, placements, tuple(ranges), _layout(rows, cols, shards, replicas))
+    layout = _layout(rows, cols, shards, replicas)
+    if groups.get("batch"):
+        layout = replace(layout, whole=product(replicas, _group(mesh, order)))
+    return Placed(mesh, placements, tuple(ranges), layout)
 
 
 def _layout(rows: Group, cols: Group, shards: Group, replicas: Group) -> Layout:
@@ -168,7 +183,8 @@ def _layout(rows: Group, cols: Group, shards: Group, replicas: Group) -> Layout:
         left=product(replicas, cols),
         right=product(replicas, rows),
         shards=shards,
-        domain=product(replicas, shards),
+        domain=(domain := product(replicas, shards)),
+        whole=domain,
     )
 
 

@@ -132,6 +132,7 @@ def train(
             if alone:
                 states = [o.state_dict() for o in optimizers]
                 checkpoint.save(out / "checkpoint.pt", {**state, "model": model.state_dict(), "optimizers": states})
+                (out / "latest.json").unlink(missing_ok=True)  # of several processes, and older
             else:
                 sharded.save(out, state, model, optimizers)
     steps = max(config.steps - first, 1)

@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
+from ..optim.states import Spec
+from ..sharding import ALONE, is_dtensor, place
 from .checkpoint import write_atomically
 
 __all__ = ["load", "load_meta", "load_whole", "save"]
@@ -32,6 +34,7 @@ def save(out: Path, meta: dict[str, Any], model: nn.Module, optimizers: list[Opt
     if dist.get_rank() == 0:
         text = json.dumps({**meta, "folder": folder.name})
         write_atomically(out / "latest.json", lambda f: f.write(text.encode()))
+        (out / "checkpoint.pt").unlink(missing_ok=True)  # of one process, and older
         for other in out.glob("checkpoint-*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
@@ -56,6 +59,12 @@ def load_whole(state: dict[str, Any], model: nn.Module, optimizers: list[Optimiz
     set_model_state_dict(model, state["model"], options=StateDictOptions(full_state_dict=True))
     for o, s in zip(optimizers, state["optimizers"], strict=True):
         o.load_state_dict(s)
+        for p, states in o.state.items():  # torch's optimizers keep whole states beside a sharded weight
+            placed = place(p, "a weight", None, ALONE)
+            for key, t in states.items():
+                if placed.mesh is not None and not is_dtensor(t) and t.shape == p.shape:
+                    spec = Spec(p.shape, {a: a for a in range(p.ndim)})
+                    states[key] = placed.wrap(spec.part(t, placed).clone(), spec.shape, spec.axes)
 
 
 def load(out: Path, meta: dict[str, Any], model: nn.Module, optimizers: list[Optimizer]) -> None:
