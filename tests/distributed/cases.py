@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -38,6 +39,9 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
     "both on rows": ((2, -1), (Shard(0), Shard(0))),
     "hsdp": ((2, -1), (Replicate(), Shard(0))),
 }
+_LOCAL: dict[str, Any] = (
+    {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
+)
 _meshes: dict[tuple[int, ...], Any] = {}
 
 
@@ -76,8 +80,8 @@ def gradient(shape: tuple[int, ...], k: int, i: int, replica: int, dtype: torch.
 
 
 def sharded(t: Tensor, where: Any, placements: tuple[Any, ...]) -> Tensor:
-    """Every rank has the whole tensor and takes its part: nothing is sent."""
-    return distribute_tensor(t, where, placements, src_data_rank=None)
+    """Every rank has the whole tensor and takes its part: nothing is sent, from torch 2.7 on."""
+    return distribute_tensor(t, where, placements, **_LOCAL)
 
 
 def full(t: Tensor) -> Tensor:
