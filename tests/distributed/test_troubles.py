@@ -21,6 +21,10 @@ def test_a_gradient_may_be_missing_at_the_first_step(world):
     world(2).run(troubles.missing_at_the_first_step)
 
 
+def test_experts_without_a_gradient_stay_and_all_ranks_clip_alike(world):
+    world(2).run(troubles.experts_without_a_gradient)
+
+
 @pytest.mark.parametrize("count", [3, 5])
 def test_ranks_with_unlike_numbers_of_experts(world, count):
     assert max(world(2).run(troubles.unlike_numbers_of_experts, count)) < 1e-10

@@ -62,15 +62,19 @@ def missing_gradient(replicated: bool) -> None:
 
 
 def missing_at_the_first_step() -> None:
-    """Also when nothing is known yet, and when it is the only parameter."""
+    """Also when nothing is known yet, and when it is the only parameter: the very step of a zero in its place."""
     for shapes in ([(20, 16)], [(20, 16), (16, 20)]):
-        params = parameters(True, shapes)
-        o = orthdion.OrthDion(params, replicate_mesh=dist.group.WORLD, rank_fraction=0.2)
-        give(params, 0, True)
-        if dist.get_rank() == 1:
-            params[0].grad = None
-        o.step()
-        assert same_on_all(params)
+        results = []
+        for absent in (True, False):
+            params = parameters(True, shapes)
+            o = orthdion.OrthDion(params, replicate_mesh=dist.group.WORLD, rank_fraction=0.2)
+            give(params, 0, True)
+            if dist.get_rank() == 1:
+                params[0].grad = None if absent else torch.zeros_like(params[0])
+            o.step()
+            assert same_on_all(params)
+            results.append([p.detach().clone() for p in params])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def unlike_numbers_of_experts(count: int) -> float:
@@ -96,6 +100,23 @@ def unlike_numbers_of_experts(count: int) -> float:
         worst = max(worst, cases.errors(parts, whole))
     communicator.BUCKET_BYTES = 16 << 20
     return worst
+
+
+def experts_without_a_gradient() -> None:
+    """One rank's experts saw nothing: they stay, the others' move, and every rank clips by one norm."""
+    shapes = [(4, 8, 6), (8, 6)]
+    params = parameters(False, shapes)
+    o = orthdion.OrthDion(params, rank_fraction=0.3)
+    give(params, 0, False)
+    if dist.get_rank() == 1:
+        params[0].grad = None
+    norms: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(norms, float(o.clip_grad_norm_(1.0)))
+    assert len(set(norms)) == 1
+    before = [cases.local(p.detach()).clone() for p in params]
+    o.step()
+    moved = [not torch.equal(cases.local(p), b) for p, b in zip(params, before, strict=True)]
+    assert moved == [dist.get_rank() != 1, True]
 
 
 def nan_on_one_rank(replicated: bool) -> None:

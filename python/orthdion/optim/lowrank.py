@@ -296,7 +296,7 @@ class LowRankOptimizer(SavedOptimizer):
             unpack_betas(group)
             for p in group["params"]:
                 at = self._layout_of(p, group)
-                if p.grad is None and at.domain.size == 1:
+                if p.grad is None and at.whole.size == 1:
                     continue
                 for key, value in self.state[p].items():  # the model may have been moved after construction
                     if key != "step" and value.device != p.device:
@@ -319,6 +319,8 @@ class LowRankOptimizer(SavedOptimizer):
                 )
         ready, bodies, waiting = [], [], []
         for p, group, g, at in given:
+            if g is None and at.domain.size == 1:
+                continue  # a stack's matrices of this rank, or a replica that steps alone
             here = at.domain.size == 1 or (group["algorithm"] == "dion" and (at.compressed or at.replicas.size == 1))
             if here:
                 ready.append((p, group, g, at))
