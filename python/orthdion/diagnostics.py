@@ -54,7 +54,7 @@ def last_step(optimizer: LowRankOptimizer) -> list[MatrixDiagnostics]:
         if "Q" not in optimizer.state[p]:
             continue
         name, rank = optimizer._name(p), optimizer.state[p]["Q"].shape[-1]
-        for i, r in enumerate(reports):
+        for i, r in enumerate(outcome.report() for outcome in reports):
             result.append(
                 MatrixDiagnostics(
                     name if len(reports) == 1 else f"{name}[{i}]",

@@ -2,23 +2,25 @@
 
 A backend implements the primitives of :mod:`orthdion.optim.step` over matrices. ``reference`` is plain torch, on any
 device, in double precision too, and the oracle of every test. ``rust`` serves CPU tensors and fuses the whole step of
-all unsharded matrices into one call.
+all unsharded matrices into one call. ``cupy`` serves CUDA tensors and launches the step of like matrices together.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from .reference import Reference
 
-__all__ = ["BackendName", "Reference", "choose", "rust_core_error"]
+__all__ = ["BACKENDS", "BackendName", "Reference", "choose", "rust_core_error"]
 
-BackendName = Literal["auto", "rust", "reference"]
+BackendName = Literal["auto", "rust", "cupy", "reference"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 _RUST_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CUPY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rust_core_error() -> str | None:
@@ -39,17 +41,30 @@ def choose(name: BackendName, device: torch.device, dtype: torch.dtype) -> tuple
     """
     if name == "reference":
         return "reference", "forced"
-    if name not in ("auto", "rust"):
-        raise ValueError(f"backend must be 'auto', 'rust' or 'reference', not {name!r}")
-    why_not = None
-    if device.type != "cpu":
-        why_not = f"the Rust core serves CPU tensors, these are on {device.type}"
-    elif dtype not in _RUST_DTYPES:
-        why_not = f"the Rust core knows float32, float64, bfloat16 and float16, not {dtype}"
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, not {name!r}")
+    if name == "cupy" or (name == "auto" and device.type == "cuda"):
+        chosen, why, why_not = "cupy", "CUDA tensors", _cupy_cannot(device, dtype)
     else:
-        why_not = rust_core_error()
+        chosen, why, why_not = "rust", "CPU tensors", _rust_cannot(device, dtype)
     if why_not is None:
-        return "rust", "CPU tensors"
-    if name == "rust":
-        raise ValueError(f"backend='rust' cannot serve these parameters: {why_not}; use backend='auto'")
+        return chosen, why
+    if name != "auto":
+        raise ValueError(f"backend={name!r} cannot serve these parameters: {why_not}; use backend='auto'")
     return "reference", why_not
+
+
+def _rust_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the Rust core serves CPU tensors, these are on {device.type}"
+    if dtype not in _RUST_DTYPES:
+        return f"the Rust core knows float32, float64, bfloat16 and float16, not {dtype}"
+    return rust_core_error()
+
+
+def _cupy_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
+    from . import cupy
+
+    if dtype not in _CUPY_DTYPES:
+        return f"the CuPy kernels know float32, bfloat16 and float16 weights, not {dtype}"
+    return cupy.unavailable(device)

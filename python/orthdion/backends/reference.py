@@ -27,6 +27,12 @@ def _double(a: Tensor) -> Tensor:
     return a.float() if a.device.type == "mps" else a.double()
 
 
+def _to_tf32(t: Tensor) -> Tensor:
+    """Single precision with 10 bits behind the point, as tensor cores read it; to nearest, ties to even."""
+    bits = t.contiguous().view(torch.int32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
 def orthonormalize(a: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     """``V, null`` of ``A = V T`` with diag(T) ≥ 0; columns of V whose ``T_jj ≤ tol·max‖a_i‖`` are zero.
 
@@ -102,15 +108,19 @@ class Reference:
 
     name = "reference"
 
-    def __init__(self, dtype: torch.dtype | None = None, unit: float | None = None, half: bool = False) -> None:
-        self._dtype, self._unit, self._half = dtype, unit, half
+    def __init__(
+        self, dtype: torch.dtype | None = None, unit: float | None = None, half: bool = False, tf32: bool = False
+    ) -> None:
+        self._dtype, self._unit, self._half, self._tf32 = dtype, unit, half, tf32
 
-    def rounding(self, half: bool) -> Reference:
-        """The same, with operands of single-precision products rounded to bfloat16 if ``half``."""
-        return type(self)(self._dtype, self._unit, half)
+    def rounding(self, half: bool, tf32: bool = False) -> Reference:
+        """The same, with operands of single-precision products rounded to bfloat16 if ``half``, to TF32 if ``tf32``."""
+        return type(self)(self._dtype, self._unit, half, tf32)
 
     def _operand(self, t: Tensor) -> Tensor:
-        return t.bfloat16().to(t.dtype) if self._half and t.dtype == torch.float32 else t
+        if t.dtype != torch.float32 or not (self._half or self._tf32):
+            return t
+        return t.bfloat16().to(t.dtype) if self._half else _to_tf32(t)
 
     def working(self, t: Tensor) -> Tensor:
         """A copy in working precision."""
@@ -131,6 +141,8 @@ class Reference:
         """
         if self._half and t.dtype == torch.float32:
             return 2.0**-6, 2.0**-8, 2.0**-12, 2.0**-8
+        if self._tf32 and t.dtype == torch.float32:  # three bits more than bfloat16
+            return 2.0**-9, 2.0**-11, 2.0**-16, 2.0**-11
         unit = self.unit(t)
         return 64.0 * unit, 64.0 * unit, 16.0 * unit, math.sqrt(unit) / 16.0
 

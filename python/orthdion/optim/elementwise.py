@@ -24,6 +24,9 @@ class Rule:
     epsilon: float
     step: int
     maximize: bool
+    #: ``[lr, weight_decay]`` in double, and the steps so far, where they are read on the device.
+    hyper: Tensor | None = None
+    counter: Tensor | None = None
 
 
 def step(tensors: Sequence[tuple[tuple[Tensor, ...], Rule]]) -> list[bool]:

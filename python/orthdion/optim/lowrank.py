@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .._text import table
-from ..backends import BackendName, Reference, choose, rust_core_error
+from ..backends import BACKENDS, BackendName, choose, rust_core_error
 from ..sharding import Communicator, Layout, Meshes, Placed, Replicas, Traffic, local, place, roles
-from . import blocks, elementwise, gradients, states, views
+from . import blocks, gradients, states, views
 from .elementwise import Rule
 from .hyper import check_group, feedback_numbers, number, unpack_betas
 from .saving import SavedOptimizer
-from .step import Matrix, Options, Report, step
+from .serving import step_elementwise, step_lowrank
+from .step import Matrix, Options, Outcome, Report
 
 __all__ = ["Communication", "Given", "LowRankOptimizer"]
 
@@ -86,12 +88,14 @@ class LowRankOptimizer(SavedOptimizer):
                 raise TypeError(f"{name} must be one of {', '.join(map(str, gradients.FLOATS))} or None, not {dtype!r}")
         if reduce_dtype == torch.float16:
             raise ValueError("reduce_dtype=torch.float16 overflows on factors; use torch.bfloat16")
-        if compute_dtype not in (None, "bfloat16", torch.bfloat16):
-            raise ValueError(f"compute_dtype must be 'bfloat16' or None (the working precision), not {compute_dtype!r}")
+        if compute_dtype not in (None, "bfloat16", torch.bfloat16, "tf32"):
+            raise ValueError(
+                f"compute_dtype must be 'bfloat16', 'tf32' or None (the working precision), not {compute_dtype!r}"
+            )
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be a whole number, not {seed!r}")
-        if backend not in ("auto", "rust", "reference"):
-            raise ValueError(f"backend must be 'auto', 'rust' or 'reference', not {backend!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, not {backend!r}")
         given = {"betas": betas}
         unpack_betas(given)
         defaults = dict(
@@ -115,20 +119,26 @@ class LowRankOptimizer(SavedOptimizer):
         check_group({}, defaults)
         self._seed = seed
         self._momentum_dtype, self._q_dtype = momentum_dtype, q_dtype
-        self._half = compute_dtype is not None
+        self._half, self._tf32 = compute_dtype in ("bfloat16", torch.bfloat16), compute_dtype == "tf32"
         self._backend: BackendName = backend
         self._diagnose = bool(diagnostics)
-        self._reports: dict[Tensor, list[Report]] = {}
+        self._reports: dict[Tensor, list[Outcome]] = {}
         self._meshes = meshes
         self._placed: dict[Tensor, Placed] = {}
         self._comm = Communicator(reduce_dtype)
         #: Whether replicas' momenta have gone separate ways since they were last averaged.
         self._drifted = False
-        #: Parameters whose gradient held NaN or infinity, and how often they were left alone for it.
-        self.skipped_steps: Counter[str] = Counter()
+        self._begin()
         super().__init__(params, defaults)
         if isinstance(replicate_mesh, Replicas):
             replicate_mesh.check_covers([p for g in self.param_groups for p in g["params"]])
+
+    @property
+    def skipped_steps(self) -> Counter[str]:
+        """Parameters whose gradient or state held NaN or infinity, and how often they were left alone for it. On a GPU
+        that is counted on the device, so reading it waits for the device.
+        """
+        return self._skips.read()
 
     # ------------------------------------------------------------------ groups and states
 
@@ -264,30 +274,49 @@ class LowRankOptimizer(SavedOptimizer):
         copies = views.Copies([])
         lowrank: dict[str, list[tuple[Tensor, Matrix, Options]]] = {}
         rest: dict[str, list[tuple[Tensor, tuple[Tensor, ...], Rule]]] = {}
-        options = {id(group): self._options(group) for group in self.param_groups if group["algorithm"] == "dion"}
+        options: dict[tuple[int, Tensor | None], Options] = {}
         offset = 0
         for p, group, g, at in self._arrived(given):
             backend = choose(self._backend, p.device, p.dtype)[0]
+            hyper = self._hyper(group, p) if backend == "cupy" else None
             if group["algorithm"] == "dion":
-                o, arrived = options[id(group)], g is not None
+                key = (id(group), hyper)
+                if key not in options:
+                    options[key] = self._options(group, hyper)
+                o, arrived = options[key], g is not None
                 g = g if g is not None else torch.zeros_like(local(p))
                 made = views.matrices(p, g, self.state[p], group, self._placed[p], at, arrived, offset, copies)
                 offset += p.numel() * p.element_size() // at.shards.size
                 lowrank.setdefault(backend, []).extend((p, matrix, o) for matrix in made)
             elif g is not None:
                 state = self.state[p]
-                rest.setdefault(backend, []).append((p, views.rows(p, g, state, copies), _rule(group, state)))
+                rule = _rule(group, state, hyper)
+                rest.setdefault(backend, []).append((p, views.rows(p, g, state, copies), rule))
         for name, jobs in lowrank.items():
-            for (p, _, _), report in zip(jobs, self._lowrank(name, [(m, o) for _, m, o in jobs]), strict=True):
-                if not report.idle:
-                    self._reports.setdefault(p, []).append(report)
+            for (p, _, _), outcome in zip(jobs, step_lowrank(name, jobs, self._comm, self._skips), strict=True):
+                if not (isinstance(outcome, Report) and outcome.idle):
+                    self._reports.setdefault(p, []).append(outcome)
         for name, tensors in rest.items():
-            skipped = _elementwise(name, [(rows, rule) for _, rows, rule in tensors])
-            for (p, _, _), skip in zip(tensors, skipped, strict=True):
+            skipped = step_elementwise(name, tensors, self._skips)
+            for (p, _, _), skip in zip(tensors, skipped or (), strict=skipped is not None):
                 self._reports.setdefault(p, []).append(Report(skip))
                 if not skip and "step" in self.state[p]:
                     self.state[p]["step"] += 1
         copies.write_back()
+
+    def _hyper(self, group: dict[str, Any], p: Tensor) -> Tensor:
+        index = next(i for i, g in enumerate(self.param_groups) if g is group)
+        return self._rates.of(index, group, p.device)
+
+    def refresh_rates(self) -> None:
+        """Brings every group's ``lr`` and ``weight_decay`` to where captured steps read them: call it after the
+        scheduler and before a CUDA graph with ``step()`` in it is replayed. A ``lr`` that is a tensor on the device
+        needs no call.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if choose(self._backend, p.device, p.dtype)[0] == "cupy":
+                    self._hyper(group, p)
 
     def _gradients(self) -> list[Given]:
         """Every parameter's local gradient, all checked; those that no rank can miss one of are left out."""
@@ -298,8 +327,9 @@ class LowRankOptimizer(SavedOptimizer):
                 at = self._layout_of(p, group)
                 if p.grad is None and at.whole.size == 1:
                     continue
+                counts_there = choose(self._backend, p.device, p.dtype)[0] == "cupy"
                 for key, value in self.state[p].items():  # the model may have been moved after construction
-                    if key != "step" and value.device != p.device:
+                    if value.device != p.device and (key != "step" or counts_there):
                         self.state[p][key] = value.to(p.device)
                 if p.grad is not None:
                     gradients.check(p, self._name)
@@ -338,24 +368,12 @@ class LowRankOptimizer(SavedOptimizer):
         self._drifted |= any(at.compressed for _, _, _, at in ready)
         return ready
 
-    def _lowrank(self, backend: str, jobs: list[tuple[Matrix, Options]]) -> list[Report]:
-        """One rank's own matrices in one call of the backend; the others together with their ranks."""
-        if backend != "rust":
-            return step(jobs, Reference(), self._comm)
-        from ..backends import rust
-
-        far = [i for i, (m, _) in enumerate(jobs) if not m.layout.trivial]
-        near = [i for i, (m, _) in enumerate(jobs) if m.layout.trivial]
-        reports = dict(zip(near, rust.lowrank_step([jobs[i] for i in near]), strict=True))
-        reports |= zip(far, step([jobs[i] for i in far], rust.Rust(), self._comm), strict=True)
-        return [reports[i] for i in range(len(jobs))]
-
-    def _options(self, group: dict[str, Any]) -> Options:
+    def _options(self, group: dict[str, Any], hyper: Tensor | None = None) -> Options:
         right_factor, feedback, nesterov = self.resolved(group)
         a, b = feedback_numbers(feedback, float(group["mu"]))
         return Options(
-            lr=float(group["lr"]),
-            weight_decay=float(group["weight_decay"]),
+            lr=float(group["lr"]) if hyper is None else math.nan,
+            weight_decay=float(group["weight_decay"]) if hyper is None else math.nan,
             a=a,
             b=b,
             right_factor=right_factor,
@@ -366,6 +384,8 @@ class LowRankOptimizer(SavedOptimizer):
             epsilon=float(group["epsilon"]),
             diagnostics=self._diagnose,
             half=self._half,
+            tf32=self._tf32,
+            hyper=hyper,
         )
 
     def resolved(self, group: dict[str, Any]) -> tuple[Any, Any, bool]:
@@ -383,16 +403,17 @@ class LowRankOptimizer(SavedOptimizer):
         )
 
     def _count_skipped(self) -> None:
-        for p, reports in self._reports.items():
-            if any(r.skipped for r in reports):
-                name = self._name(p)
-                if not self.skipped_steps:
-                    warnings.warn(
-                        f"the gradient or a state of {name} holds NaN or infinity: it was not stepped. "
-                        "Further ones are counted in optimizer.skipped_steps",
-                        stacklevel=4,
-                    )
-                self.skipped_steps[name] += 1
+        """Counts skipped steps, and warns of the first; one on a GPU comes to light a step or two later."""
+        found = [p for p, reports in self._reports.items() if any(isinstance(r, Report) and r.skipped for r in reports)]
+        for p in found:
+            self._skips.counts[self._name(p)] += 1
+        if (self._skips.close_step() or found) and self._skips.news():
+            name = self._name(found[0]) if found else "a parameter"
+            warnings.warn(
+                f"the gradient or a state of {name} holds NaN or infinity: it was not stepped. "
+                "Further ones are counted in optimizer.skipped_steps",
+                stacklevel=4,
+            )
 
     # ------------------------------------------------------------------ for people
 
@@ -443,22 +464,17 @@ class LowRankOptimizer(SavedOptimizer):
         return "\n".join(lines)
 
 
-def _elementwise(backend: str, tensors: list[tuple[tuple[Tensor, ...], Rule]]) -> list[bool]:
-    if backend == "rust":
-        from ..backends import rust
-
-        return rust.elementwise_step(tensors)
-    return elementwise.step(tensors)
-
-
-def _rule(group: dict[str, Any], state: dict[str, Tensor]) -> Rule:
+def _rule(group: dict[str, Any], state: dict[str, Tensor], hyper: Tensor | None) -> Rule:
+    here, counter = hyper is None, state.get("step")
     return Rule(
         algorithm=group["algorithm"],
-        lr=float(group["lr"]),
-        weight_decay=float(group["weight_decay"]),
+        lr=float(group["lr"]) if here else math.nan,
+        weight_decay=float(group["weight_decay"]) if here else math.nan,
         beta1=float(group["beta1"]),
         beta2=float(group["beta2"]),
         epsilon=float(group["epsilon"]),
-        step=1 + int(state["step"]) if "step" in state else 1,
+        step=1 + int(counter) if here and counter is not None else 1,
         maximize=group["maximize"],
+        hyper=hyper,
+        counter=counter,
     )

@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from ..sharding import Communicator, Meshes, Placed, local, mean_over, meet, one_each, place, roles
 from . import states
+from .rates import Rates, Skips
 
 __all__ = ["SavedOptimizer"]
 
@@ -20,14 +21,20 @@ class SavedOptimizer(Optimizer):
 
     #: What a copy has of its original, beyond torch's own.
     _kept: tuple[str, ...] = (
-        *("_seed", "_momentum_dtype", "_q_dtype", "_half"),
-        *("_backend", "_diagnose", "skipped_steps"),
+        *("_seed", "_momentum_dtype", "_q_dtype", "_half", "_tf32"),
+        *("_backend", "_diagnose"),
     )
 
+    _skips: Skips
     _meshes: Meshes
     _comm: Communicator
     _placed: dict[Tensor, Placed]
     _drifted: bool
+
+    def _begin(self) -> None:
+        """What an optimizer has that is no part of its state."""
+        self._rates = Rates()
+        self._skips = Skips(lambda: (p for g in self.param_groups for p in g["params"]), self._name)
 
     def _name(self, p: Tensor) -> str:
         for k, group in enumerate(self.param_groups):
@@ -116,6 +123,13 @@ class SavedOptimizer(Optimizer):
                 "an optimizer with a replicate_mesh cannot be copied or pickled, as it belongs to a process group; "
                 "save its state_dict() and build a new one"
             )
-        fresh = {"_reports": {}, "_placed": {}, "_meshes": Meshes(), "_drifted": False}
+        fresh = {"_reports": {}, "_placed": {}, "_meshes": Meshes(), "_drifted": False, "_skipped": self._skips.read()}
         state: dict[str, Any] = super().__getstate__()
         return {**state, **{k: self.__dict__[k] for k in self._kept}, **fresh, "_comm": self._comm.fresh()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        skipped = state.pop("_skipped", None)
+        super().__setstate__(state)
+        if skipped is not None:  # a copy or an unpickled one; torch also loads state dicts through here
+            self._begin()
+            self._skips.counts.update(skipped)

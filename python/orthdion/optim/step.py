@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,14 +31,16 @@ from ..backends.reference import Job, Reference
 from ..sharding import Body, Communicator, Factorize, Group, Layout, Reduce
 from .tall import Tall, compress
 
-__all__ = ["Matrix", "Options", "Report", "RightFactor", "Tail", "step"]
+__all__ = ["Matrix", "Options", "Outcome", "Report", "RightFactor", "Tail", "step"]
 
 RightFactor = Literal["qr", "column", "polar"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Hyperparameters of a step, shared by the matrices of a group; ``half`` rounds products' operands to bfloat16."""
+    """Hyperparameters of a step, shared by the matrices of a group; ``half`` rounds products' operands to bfloat16,
+    ``tf32`` to TF32 where the device multiplies that.
+    """
 
     lr: float
     weight_decay: float
@@ -52,6 +54,9 @@ class Options:
     epsilon: float
     diagnostics: bool
     half: bool = False
+    tf32: bool = False
+    #: ``[lr, weight_decay]`` in double where the step reads them on the device; those above are not read then.
+    hyper: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,18 @@ class Report:
     #: No rank had a gradient.
     idle: bool = False
 
+    def report(self) -> Report:
+        """Itself: a backend that does not wait for its device returns something that must be asked."""
+        return self
+
+
+class Outcome(Protocol):
+    """What a step did to a matrix, perhaps not known yet."""
+
+    def report(self) -> Report:
+        """What it did; waits until that is known."""
+        ...
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -105,7 +122,7 @@ class Tail:
 
 def step(matrices: Sequence[tuple[Matrix, Options]], be: Reference, comm: Communicator) -> list[Report]:
     """Steps every matrix in place."""
-    bodies = [_one(matrix, o, be.rounding(o.half)) for matrix, o in matrices]
+    bodies = [_one(matrix, o, be.rounding(o.half, o.tf32)) for matrix, o in matrices]
     return comm.run(bodies, [matrix.offset for matrix, _ in matrices])
 
 

@@ -1,0 +1,100 @@
+// AdamW and Lion over lists of up to 64 dense tensors in one launch (docs/algorithms.md, section 6).
+#include "common.cuh"
+
+// What the tensors of a launch share. `chunk0[i]` is the first block of tensor i; blocks take CHUNK entries each.
+struct Tensors {
+  u64 x[MATRICES], g[MATRICES], m[MATRICES], v[MATRICES], steps[MATRICES];
+  i64 entries[MATRICES];
+  int chunk0[MATRICES + 1];
+  int count;
+};
+struct Rule {
+  u64 hyper;  // [η, λ]
+  double beta1, beta2, epsilon, sign;
+  i64 lion, type_x, type_g, type_m;
+};
+
+constexpr i64 CHUNK = 4096;
+
+// The tensor that a block works on.
+DEVICE int tensor_of(const Tensors& t) {
+  int low = 0, high = t.count - 1;
+  while (low < high) {
+    int mid = (low + high + 1) / 2;
+    if (t.chunk0[mid] <= (int)blockIdx.x) low = mid;
+    else high = mid - 1;
+  }
+  return low;
+}
+
+// flags[tensor] = 1 where a gradient holds NaN or infinity. Traffic: reads G.
+extern "C" __global__ void __launch_bounds__(256) find_bad(Tensors t, Rule rule, int* flags) {
+  int i = tensor_of(t);
+  i64 from = ((i64)blockIdx.x - t.chunk0[i]) * CHUNK, to = from + CHUNK < t.entries[i] ? from + CHUNK : t.entries[i];
+  unsigned top = 0;
+  for (i64 at = from + threadIdx.x * 4; at < to; at += 1024) {
+    float g[4];
+    fetch4(t.g[i], at, (int)(to - at < 4 ? to - at : 4), (int)rule.type_g, g);
+    for (int e = 0; e < 4; e++) {
+      unsigned bits = __float_as_uint(g[e]) & 0x7fffffffu;
+      top = bits > top ? bits : top;
+    }
+  }
+  top = warp_max(top);
+  if (threadIdx.x % 32 == 0 && top >= 0x7f800000u) atomicOr(flags + i, 1);
+}
+
+// AdamW:  m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  x ← (1−ηλ)x − η/c₁·m/(√(v/c₂) + ε),  c = 1 − βᵗ
+// Lion:   x ← (1−ηλ)x − η·sign(β₁m + (1−β₁)g),  m ← β₂m + (1−β₂)g
+// Traffic: reads X, G, M (and V), writes X, M (and V).
+extern "C" __global__ void __launch_bounds__(256) elementwise(Tensors t, Rule rule, const int* flags) {
+  int i = tensor_of(t);
+  if (fetch(flags + i)) return;
+  __shared__ double corrections[2];  // powers cost more than an entry's whole update: one thread takes them
+  double lr = fetch((const double*)rule.hyper), decay = fetch((const double*)rule.hyper + 1);
+  if (threadIdx.x == 0 && !rule.lion) {
+    double steps = 1.0 + fetch((const float*)t.steps[i]);
+    corrections[0] = -expm1(steps * log(rule.beta1));  // 1 − βᵗ
+    corrections[1] = sqrt(-expm1(steps * log(rule.beta2)));
+  }
+  __syncthreads();
+  float correct1 = 0.0f, correct2 = 0.0f;
+  if (!rule.lion) {
+    correct1 = (float)(lr / corrections[0]);
+    correct2 = (float)corrections[1];
+  }
+  float keep = (float)(1.0 - lr * decay), b1 = (float)rule.beta1, b2 = (float)rule.beta2;
+  float c1 = (float)(1.0 - rule.beta1), c2 = (float)(1.0 - rule.beta2), sign = (float)rule.sign;
+  i64 from = ((i64)blockIdx.x - t.chunk0[i]) * CHUNK, to = from + CHUNK < t.entries[i] ? from + CHUNK : t.entries[i];
+  for (i64 at = from + threadIdx.x * 4; at < to; at += 1024) {
+    int n = (int)(to - at < 4 ? to - at : 4);
+    float x[4], g[4], m[4], v[4];
+    fetch4(t.x[i], at, n, (int)rule.type_x, x);
+    fetch4(t.g[i], at, n, (int)rule.type_g, g);
+    fetch4(t.m[i], at, n, (int)rule.type_m, m);
+    if (!rule.lion) fetch4(t.v[i], at, n, (int)rule.type_m, v);
+    for (int e = 0; e < n; e++) {
+      float push = sign * g[e];
+      if (rule.lion) {
+        float u = b1 * m[e] + c1 * push;
+        x[e] = keep * x[e] - (float)lr * (u > 0.0f ? 1.0f : u < 0.0f ? -1.0f : 0.0f);
+        m[e] = b2 * m[e] + c2 * push;
+      } else {
+        m[e] = b1 * m[e] + c1 * push;
+        v[e] = b2 * v[e] + c2 * push * push;
+        x[e] = keep * x[e] - correct1 * m[e] / (sqrtf(v[e]) / correct2 + (float)rule.epsilon);
+      }
+    }
+    put4(t.x[i], at, n, (int)rule.type_x, x);
+    put4(t.m[i], at, n, (int)rule.type_m, m);
+    if (!rule.lion) put4(t.v[i], at, n, (int)rule.type_m, v);
+  }
+}
+
+// Counts a step of every tensor that was not skipped. One thread a tensor.
+extern "C" __global__ void advance(Tensors t, const int* flags) {
+  int i = threadIdx.x;
+  if (i >= t.count || fetch(flags + i)) return;
+  float* steps = (float*)t.steps[i];
+  put(steps, fetch(steps) + 1.0f);
+}

@@ -1,0 +1,258 @@
+"""Orthonormal factors on the device: Cholesky QR, the polar factor by products only, completions (algorithms.md, 4).
+
+Gram matrices are taken in double precision, so for single-precision A the null rule can be read off the pivots, and two
+passes are as good as a Householder QR for every condition that the null rule leaves: no other path is needed. One pass
+serves up to the gate. Which it is, is decided on the device, matrix by matrix: kernels of the second pass return at
+once where it is not due. Nothing here reads a number on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .arguments import operand, pack
+from .device import Device
+from .products import (
+    ALL_NULL,
+    SKIP,
+    SOME_NULL,
+    SYMMETRIC,
+    UPPER_A,
+    UPPER_B,
+    UPPER_C,
+    When,
+    multiply,
+)
+
+__all__ = ["Factor", "complete", "orthonormalize", "polar", "quintics"]
+
+#: Condition up to which one Cholesky QR of single-precision data is orthonormal to single precision: κ²·2⁻⁵³ < 2⁻²⁴/8².
+GATE = 2.0**14.5 / 8.0
+_TILE = 64
+_BOUNDS, _NUMBERS = 4, 8
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``A = V T`` of a batch: V (n, r), T and its inverse S (r, r) double, null flags (r), norm bounds."""
+
+    v: Tensor
+    t: Tensor
+    s: Tensor
+    null: Tensor
+    bounds: Tensor
+
+
+def triangles(
+    device: Device,
+    gram: Tensor,
+    tol: float,
+    flags: Tensor,
+    numbers: Tensor,
+    *,
+    mask: int = 0,
+    again: int = 0,
+    direct: tuple[float, int] = (float("inf"), 0),
+    null_flags: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(T, S, null, bounds)`` with ``TᵀT = gram`` (destroyed) and S = T⁻¹, without null directions.
+
+    ``mask``: only of matrices with that flag. ``again`` is raised beyond :data:`GATE`; ``direct[1]`` where the norm of
+    the equilibrated inverse, which amplifies rounding in what S is multiplied with, exceeds ``direct[0]``.
+    """
+    count, r = gram.shape[:2]
+    new, where = gram.new_empty, When.has(flags, mask) if mask else When()
+    t, s, diagonal, least = new(count, r, r), new(count, r, r), new(count, r), new(count, r)
+    null = torch.empty(count, r, dtype=torch.int32, device=gram.device)
+    bounds = new(count, _BOUNDS)
+    device.launch("equilibrate", (count,), 256, gram, diagonal, least, r, tol, flags, mask)
+    g, top, inverse = operand(gram), operand(t), operand(s)
+    for j in range(0, r, _TILE):
+        device.launch("cholesky_tile", (count,), 256, gram, t, s, null, least, r, j, flags, mask)
+        rest, n = r - j - _TILE, min(_TILE, r - j)
+        if rest <= 0:
+            continue
+        row = top.at(j, j + n)
+        multiply(device, row, inverse.at(j, j).T, g.at(j, j + n), sizes=(n, rest, n), when=where)
+        corner = g.at(j + n, j + n)
+        multiply(
+            device,
+            corner,
+            row.T,
+            row,
+            alpha=-1.0,
+            beta=1.0,
+            add=corner,
+            shape=UPPER_C,
+            sizes=(rest, rest, n),
+            when=where,
+        )
+    # [T₁ T₁₂; 0 T₂]⁻¹ = [S₁ −S₁T₁₂S₂; 0 S₂]: pairs of neighbours in one launch, then pairs of pairs.
+    product, size = operand(new(count, r, r)) if r > _TILE else inverse, _TILE
+    while size < r:
+        whole, pitch = r // (2 * size), 2 * size * (r + 1)
+        left = r - 2 * size * whole - size  # what the last pair's second block has, if there is such a pair
+        for first, pairs, n in ((0, whole, size), (2 * size * whole, 1, left)):
+            if pairs > 0 and n > 0:
+                a, b = first, first + size
+                blocks = [o.at(i, j, pitch) for o, i, j in ((top, a, b), (inverse, b, b), (inverse, a, a))]
+                between, target = product.at(a, b, pitch), inverse.at(a, b, pitch)
+                multiply(device, between, *blocks[:2], shape=UPPER_B, pairs=pairs, sizes=(size, n, n), when=where)
+                multiply(
+                    device,
+                    target,
+                    blocks[2],
+                    between,
+                    alpha=-1.0,
+                    shape=UPPER_A,
+                    pairs=pairs,
+                    sizes=(size, n, size),
+                    when=where,
+                )
+        size *= 2
+    verdict = pack(GATE if again else float("inf"), again, *direct, null_flags)
+    device.launch("finish", (count,), 256, t, s, diagonal, null, bounds, numbers, r, verdict, flags, mask)
+    return t, s, null, bounds
+
+
+def orthonormalize(
+    device: Device,
+    a: Tensor,
+    tol: float,
+    flags: Tensor,
+    numbers: Tensor,
+    again: int,
+    *,
+    also: int = 0,
+    direct: tuple[float, int] = (float("inf"), 0),
+    null_flags: bool = False,
+    mask: int = 0,
+) -> Factor:
+    """``A = V T`` of a batch (n, r) in single precision; T has a non-negative diagonal, null columns of V are zero.
+
+    ``again`` is the flag of matrices beyond the gate, which take a second pass, and ``also`` is raised with it.
+    ``mask``: only of matrices with that flag, which take one.
+    """
+    count, n, r = a.shape
+    gram = torch.empty(count, r, r, dtype=torch.float64, device=a.device)
+    v = torch.empty_like(a)
+    where = When.has(flags, mask) if mask else When()
+    multiply(device, gram, operand(a).T, operand(a), shape=SYMMETRIC, sizes=(r, r, n), when=where)
+    t, s, null, bounds = triangles(
+        device,
+        gram,
+        tol,
+        flags,
+        numbers,
+        mask=mask,
+        again=0 if mask else again | also,
+        direct=direct,
+        null_flags=null_flags,
+    )
+    if mask:
+        multiply(device, v, a, s, shape=UPPER_B, when=where)
+        return Factor(v, t, s, null, bounds)
+    once = torch.empty_like(a)
+    multiply(device, v, a, s, shape=UPPER_B, when=When(flags, elsewhere=again, other=once))
+    due = When.has(flags, again)
+    multiply(device, gram, operand(once).T, operand(once), shape=SYMMETRIC, sizes=(r, r, n), when=due)
+    # What is null has been left out: of the second pass only zero columns are.
+    t2, s2, _, _ = triangles(device, gram, 0.0, flags, numbers, mask=again)
+    multiply(device, v, once, s2, shape=UPPER_B, when=due)
+    both = torch.empty_like(t)
+    multiply(device, both, t2, t, shape=UPPER_A | UPPER_B | UPPER_C, when=due)
+    multiply(device, t, both, _identity(r, a.device), shape=UPPER_A | UPPER_B | UPPER_C, when=due)
+    return Factor(v, t, s, null, bounds)
+
+
+@cache
+def _identity(r: int, device: torch.device) -> Tensor:
+    return torch.eye(r, dtype=torch.float64, device=device).expand(1, r, r)
+
+
+def polar(device: Device, f: Factor) -> Tensor:
+    """``R (RᵀR)^(−1/2) = V·polar(T)`` of a factored batch; null directions contribute nothing.
+
+    polar(T) by X ← X(aI + bXᵀX + c(XᵀX)²), the best odd quintics for where its singular values can be
+    (:func:`quintics`). A matrix starts at the round that its condition asks for.
+    """
+    count, r = f.t.shape[:2]
+    rounds = torch.empty(count, dtype=torch.int32, device=f.t.device)
+    x, y, square, z = (torch.empty_like(f.t) for _ in range(4))
+    coefficients, lows = quintics()
+    table = _table(f.t.device)
+    device.launch("polar_start", (count,), 256, f.t, f.bounds, x, y, rounds, table, len(lows), r)
+    for i, (a, b, c) in enumerate(coefficients):
+        due = When.has(rounds, 1 << i)
+        multiply(device, square, operand(x).T, operand(x), shape=SYMMETRIC, sizes=(r, r, r), when=due)
+        multiply(device, z, square, square, alpha=c, beta=b, delta=a, add=square, shape=SYMMETRIC, when=due)
+        multiply(device, y, x, z, when=due)
+        x, y = y, x
+    v = torch.empty_like(f.v)
+    multiply(device, v, f.v, x)
+    return v
+
+
+@cache
+def quintics(low: float = 1e-7) -> tuple[tuple[tuple[float, float, float], ...], tuple[float, ...]]:
+    """Coefficients (a, b, c) of odd quintics that in turn lift singular values in [low, 1] to 1, and each one's own
+    low.
+
+    Each is the best for its interval: max |1 − p| is least, at four points of equal error (Remez; for this use Amsel et
+    al., arXiv 2505.16932), divided by its maximum, so that the next interval ends at 1 again.
+    """
+    coefficients, lows = [], []
+    while 1.0 - low > 1e-8:
+        a, b, c, error = _best_quintic(low)
+        lows.append(low)
+        coefficients.append((a / (1.0 + error), b / (1.0 + error), c / (1.0 + error)))
+        low = (1.0 - error) / (1.0 + error)
+    # The error of what follows is its cube.
+    lows.append(low)
+    coefficients.append((15.0 / 8.0, -10.0 / 8.0, 3.0 / 8.0))
+    return tuple(coefficients), tuple(lows)
+
+
+def _best_quintic(low: float) -> tuple[float, float, float, float]:
+    """(a, b, c, error) of ax + bx³ + cx⁵ that is nearest to 1 on [low, 1]."""
+    inner = np.array([0.75 * low + 0.25, 0.25 * low + 0.75])
+    for _ in range(50):
+        points = np.array([low, *inner, 1.0])
+        signs = np.array([1.0, -1.0, 1.0, -1.0])  # p falls short of 1 at the lower end
+        a, b, c, error = np.linalg.solve(np.stack([points, points**3, points**5, signs], 1), np.ones(4))
+        roots = np.sqrt((-3.0 * b + np.array([-1.0, 1.0]) * np.sqrt(max(9.0 * b * b - 20.0 * a * c, 0.0))) / (10.0 * c))
+        if np.allclose(roots, inner, rtol=1e-12):
+            break
+        inner = np.sort(roots)
+    return float(a), float(b), float(c), float(abs(error))
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    return torch.tensor(quintics()[1], dtype=torch.float64).to(device)
+
+
+def complete(device: Device, v: Tensor, null: Tensor, old: Tensor, flags: Tensor) -> Tensor:
+    """V with its null columns filled from the old Q's, where only some are null; otherwise undefined.
+
+    The old column itself, made orthonormal to the rest, or where that lies in their span, the one with the largest
+    remainder. Which, and by what coefficients, is found in r×r numbers: the remainders' Gram matrix QᵀQ − CᵀC, C = VᵀQ.
+    """
+    count, n, r = v.shape
+    due = When(flags, SKIP | SOME_NULL | ALL_NULL, SOME_NULL)
+    c, h, e, y, ce = (torch.empty(count, r, r, dtype=torch.float64, device=v.device) for _ in range(5))
+    turn = torch.empty(count, r, dtype=torch.int32, device=v.device)
+    multiply(device, c, operand(v).T, operand(old), sizes=(r, r, n), when=due)
+    multiply(device, h, operand(old).T, operand(old), shape=SYMMETRIC, sizes=(r, r, n), when=due)
+    multiply(device, h, operand(c).T, operand(c), alpha=-1.0, beta=1.0, add=h, sizes=(r, r, r), when=due)
+    device.launch("complete", (count,), 256, h, e, y, turn, null, r, flags)
+    multiply(device, ce, c, e, when=due)
+    out, filled = torch.empty_like(v), torch.empty_like(v)
+    multiply(device, out, old, e, beta=1.0, add=v, when=due)
+    multiply(device, filled, v, ce, alpha=-1.0, beta=1.0, add=out, when=due)
+    return filled

@@ -1,0 +1,49 @@
+"""Every kernel compiles to machine code for each supported architecture, without spilling registers."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from orthdion.backends.cupy.source import FILES, OPTIONS, kernels, text
+
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="torch brought no NVRTC: its CUDA builds do")
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+#: Bytes of spill stores and loads that a kernel may have.
+SPILLS = 0
+
+
+def compiled(file, architecture):
+    """The size of the machine code, and what the assembler said."""
+    error, program = nvrtc.nvrtcCreateProgram(text(file).encode(), f"{file}.cu".encode(), 0, [], [])
+    options = [f"--gpu-architecture={architecture}", "--ptxas-options=-v", *OPTIONS]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    _, size = nvrtc.nvrtcGetCUBINSize(program)
+    return size, log.decode()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("file", FILES)
+def test_compiles_without_spills(file, architecture):
+    size, log = compiled(file, architecture)
+    assert size > 0
+    entries = re.findall(r"Compiling entry function '(\w+)'", log)
+    assert sorted(entries) == sorted(k.name for k in kernels().values() if k.file == file)
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
+    assert len(spills) >= 2 * len(entries)
+    assert max(spills) <= SPILLS, log
+    # 256 threads a block: more registers would not fit twice into a multiprocessor's 65536.
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    assert max(registers) <= (128 if file != "multiply" else 192), log
+
+
+def test_every_source_is_listed():
+    folder = Path(__file__).parents[2] / "python/orthdion/backends/cupy/kernels"
+    assert sorted(f.stem for f in folder.glob("*.cu")) == sorted(FILES)
+    declared = sum(f.read_text().count('extern "C" __global__') for f in folder.glob("*.cu"))
+    assert declared == len(kernels())

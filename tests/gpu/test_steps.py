@@ -1,0 +1,313 @@
+"""Whole optimizer steps through the host code of the CUDA backend, its kernels on the shim, against the reference."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import orth, parameter, randn, with_spectrum
+
+import orthdion
+from orthdion.backends import choose
+from orthdion.backends.cupy import register
+
+RIGHTS = ("qr", "column", "polar")
+TAILS = ("feedback", "linear", "normalized")
+FEEDBACKS = ("dion", "orth-dion", "pure", "momentum", (0.95, 0.7))
+
+
+def run(backend, shapes, steps, dtype=torch.float32, grad_dtype=None, signal=True, layout=None, lr=0.02, **options):
+    """The optimizer and its parameters after some steps on a signal with a gap after it, or on noise."""
+    params = [parameter((layout or (lambda t: t))(randn(*s, seed=7 + i, dtype=dtype))) for i, s in enumerate(shapes)]
+    o = orthdion.OrthDion(params, lr=lr, weight_decay=0.1, backend=backend, **options)
+    for k in range(steps):
+        for i, p in enumerate(params):
+            g = randn(*p.shape, seed=1000 * k + i)
+            if signal and p.ndim == 2:
+                rank = max(1, min(5, *(s // 2 for s in p.shape)))
+                g = with_spectrum(*p.shape, torch.linspace(3, 1, rank).double(), seed=i).float() + 0.02 * g
+            p.grad = g.to(grad_dtype or dtype)
+        o.step()
+    return o, params
+
+
+def distance(ours, theirs):
+    """The largest relative distance of weights, momenta and warm starts."""
+    (a, ps), (b, qs) = ours, theirs
+    worst = 0.0
+    for p, q in zip(ps, qs, strict=True):
+        pairs = [(p.detach(), q.detach()), *((a.state[p][key], b.state[q][key]) for key in a.state[p])]
+        for x, y in pairs:
+            worst = max(worst, float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1.0)))
+    return worst
+
+
+def moved(ours, theirs):
+    """The distance of the weights, relative to how far the reference moved them from zero."""
+    return max(
+        float((p - q).detach().double().norm() / q.detach().double().norm().clamp_min(1e-30))
+        for p, q in zip(ours[1], theirs[1], strict=True)
+    )
+
+
+@pytest.mark.parametrize("right_factor", RIGHTS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_every_option_equals_the_reference(shim, right_factor, tail, nesterov):
+    for feedback in FEEDBACKS:
+        options = {"right_factor": right_factor, "tail": tail, "nesterov": nesterov, "feedback": feedback}
+        shapes = [(70, 40), (40, 150), (300, 70), (17, 17)]
+        ours, theirs = (run(b, shapes, 4, **options) for b in ("cupy", "reference"))
+        assert distance(ours, theirs) < 5e-5, feedback
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(1, 150),
+    n=st.integers(1, 150),
+    fraction=st.floats(0.01, 1.0),
+    tail=st.sampled_from(TAILS),
+    right_factor=st.sampled_from(RIGHTS),
+    maximize=st.booleans(),
+    cache=st.sampled_from([1 << 12, 1 << 17]),
+    seed=st.integers(0, 1000),
+)
+def test_shapes_and_ranks(m, n, fraction, tail, right_factor, maximize, cache, seed):
+    from shim import COMPILER, ShimDevice
+
+    if COMPILER is None:
+        pytest.skip("no g++ to compile the kernels for the processor with")
+    undo = register(torch.device("cpu"), ShimDevice(l2_bytes=cache, seed=seed))
+    choose.cache_clear()
+    try:
+        options = {"rank_fraction": fraction, "tail": tail, "right_factor": right_factor, "maximize": maximize}
+        ours, theirs = (run(b, [(m, n)], 2, **options) for b in ("cupy", "reference"))
+        assert distance(ours, theirs) < 1e-4
+    finally:
+        undo()
+        choose.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("states", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tail", TAILS)
+def test_formats_of_weights_and_states(shim, dtype, states, tail):
+    options = {"momentum_dtype": states, "q_dtype": states, "tail": tail}
+    ours, theirs = (run(b, [(70, 40), (40, 72)], 2, dtype=dtype, **options) for b in ("cupy", "reference"))
+    # A weight or state that lies between two of its format's numbers may be rounded to either.
+    low = torch.float32 not in (dtype,) or states == torch.bfloat16
+    assert distance(ours, theirs) < (2e-3 if low else 5e-5)
+    for o, params in (ours,):
+        assert all(o.state[p]["momentum"].dtype == (states or dtype) for p in params)
+
+
+@pytest.mark.parametrize("right_factor", RIGHTS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("compute", ["bfloat16", "tf32"])
+def test_products_in_less_precision_follow_the_reference(shim, right_factor, tail, compute):
+    options = {"right_factor": right_factor, "tail": tail, "rank_fraction": 0.3}
+    for shape in ((130, 70), (40, 200)):
+        ours, theirs = (run(b, [shape], 1, compute_dtype=compute, **options) for b in ("cupy", "reference"))
+        exact = run("cupy", [shape], 1, **options)
+        bound = 2e-2 if compute == "bfloat16" else 3e-3
+        assert distance(ours, theirs) < bound
+        assert 1e-6 < distance(ours, exact) < bound
+
+
+def test_stacks_convolutions_blocks_strides_and_vectors(shim):
+    def model(backend):
+        ps = [
+            parameter(randn(5, 24, 12, seed=1)),
+            parameter(randn(16, 8, 3, 3, seed=2)),
+            parameter(randn(16, 8, 3, 3, seed=3).to(memory_format=torch.channels_last)),
+            parameter(randn(60, 20, seed=4)),
+            parameter(randn(40, 30, seed=5).T),
+            parameter(randn(80, 60, seed=6)[::2, ::3]),
+        ]
+        vectors = [parameter(randn(33, seed=8)), parameter(randn(7, 5, seed=9).T), parameter(randn(1, seed=10)[0])]
+        groups = [
+            {"params": [*ps[:3], *ps[4:]]},
+            {"params": [ps[3]], "row_blocks": 3},
+            {"params": vectors[:2], "algorithm": "adamw"},
+            {"params": vectors[2:], "algorithm": "lion"},
+        ]
+        o = orthdion.OrthDion(groups, lr=0.02, backend=backend)
+        everything = [*ps, *vectors]
+        for k in range(3):
+            for i, p in enumerate(everything):
+                p.grad = torch.empty_like(p).copy_(randn(*p.shape, seed=100 * k + i))
+            everything[4].grad = randn(1, 40, seed=k).expand(30, 40)  # every row the same memory
+            o.step()
+        return o, everything
+
+    ours, theirs = model("cupy"), model("reference")
+    assert distance(ours, theirs) < 1e-5
+    assert all(float(ours[0].state[p]["step"]) == 3.0 for p in ours[1][6:8])
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "lion"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_vectors_equal_the_reference(shim, algorithm, dtype):
+    shapes = [(3,), (5000,), (1,), (4096,), (33, 7), *((k + 1,) for k in range(80))]
+    kinds = {"grad_dtype": dtype, "momentum_dtype": torch.float32, "signal": False}
+
+    def go(backend):
+        params = [parameter(randn(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes)]
+        o = orthdion.OrthDion(
+            [{"params": params, "algorithm": algorithm}],
+            lr=0.01,
+            backend=backend,
+            momentum_dtype=kinds["momentum_dtype"],
+        )
+        for k in range(3):
+            for i, p in enumerate(params):
+                p.grad = randn(*p.shape, seed=k * 100 + i, dtype=dtype)
+            o.step()
+        return o, params
+
+    assert distance(go("cupy"), go("reference")) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize(("right_factor", "tail"), list(itertools.product(RIGHTS, TAILS)))
+class TestClaims:
+    def test_a_zero_gradient_is_a_no_op(self, shim, right_factor, tail):
+        x = randn(30, 20)
+        p = parameter(x, torch.zeros(30, 20))
+        o = orthdion.OrthDion([p], weight_decay=0.0, right_factor=right_factor, tail=tail, backend="cupy")
+        q = o.state[p]["Q"].clone()
+        o.step()
+        assert torch.equal(p.detach(), x)
+        assert torch.equal(o.state[p]["Q"], q)
+        assert not o.state[p]["momentum"].any()
+
+    def test_a_rank_two_gradient_moves_only_in_its_spaces_and_leaves_a_warm_start(self, shim, right_factor, tail):
+        u, v = orth(randn(60, 2)), orth(randn(40, 2, seed=1))
+        g = u @ torch.diag(torch.tensor([2.0, 1.0])) @ v.T
+        after = {}
+        for backend in ("cupy", "reference"):
+            p = parameter(torch.zeros(60, 40))
+            o = orthdion.OrthDion([p], rank_fraction=0.3, right_factor=right_factor, tail=tail, backend=backend)
+            for _ in range(3):
+                p.grad = g.clone()
+                o.step()
+            x, q = p.detach(), o.state[p]["Q"].double()
+            after[backend] = x
+            assert (x - u @ (u.T @ x @ v) @ v.T).norm() < 0.01 * x.norm()
+            if right_factor != "column":
+                assert (q.T @ q - torch.eye(q.shape[1]).double()).norm() < 1e-5
+        assert (after["cupy"] - after["reference"]).norm() < 1e-3 * x.norm()
+
+    def test_the_step_does_not_see_the_gradients_scale(self, shim, right_factor, tail):
+        def after(factor):
+            p = parameter(torch.zeros(50, 30))
+            o = orthdion.OrthDion([p], right_factor=right_factor, tail=tail, backend="cupy")
+            for k in range(2):
+                p.grad = randn(50, 30, seed=k) * factor
+                o.step()
+            return p.detach(), o.state[p]["momentum"] / factor
+
+        one, momentum = after(1.0)
+        for factor in (1e-36, 1e-30, 1e-12, 1e12, 1e30):
+            x, m = after(factor)
+            assert (x - one).norm() < 1e-4 * one.norm(), factor
+            assert (m - momentum).norm() < 1e-4 * momentum.norm().clamp_min(1e-3), factor
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_one_bad_entry_changes_nothing_but_a_counter(self, shim, right_factor, tail, bad):
+        p, other, vector = parameter(randn(30, 20)), parameter(randn(30, 20)), parameter(randn(9))
+        groups = [{"params": [p, other]}, {"params": [vector], "algorithm": "adamw"}]
+        o = orthdion.OrthDion(groups, right_factor=right_factor, tail=tail, backend="cupy")
+        for t in (p, other, vector):
+            t.grad = randn(*t.shape, seed=5)
+        o.step()
+        before = [t.clone() for t in (p.detach(), vector.detach(), *o.state[p].values(), *o.state[vector].values())]
+        elsewhere = other.detach().clone()
+        p.grad[3, 4] = vector.grad[2] = bad
+        with pytest.warns(UserWarning, match="NaN or infinity"):
+            o.step()
+        o.step()
+        now = (p.detach(), vector.detach(), *o.state[p].values(), *o.state[vector].values())
+        assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+        assert sorted(o.skipped_steps.values()) == [2, 2]
+        assert not torch.equal(elsewhere, other.detach())
+
+
+@pytest.mark.parametrize("decay", [0.0, 3.0, 5.0, 7.0])
+@pytest.mark.parametrize("right_factor", RIGHTS)
+def test_ill_conditioned_momenta_take_the_second_pass_and_stay_orthonormal(shim, decay, right_factor):
+    sigma = torch.logspace(0, -decay, 40).double()
+    g = with_spectrum(90, 40, sigma).float()
+    after = {}
+    for backend in ("cupy", "reference"):
+        p = parameter(torch.zeros(90, 40))
+        o = orthdion.OrthDion(
+            [p], lr=1.0, weight_decay=0.0, rank_fraction=0.5, right_factor=right_factor, backend=backend
+        )
+        for _ in range(3):
+            p.grad = g.clone()
+            with torch.no_grad():
+                p.zero_()
+            o.step()
+        after[backend] = p.detach().double() / (90 / 40) ** 0.5
+        q = o.state[p]["Q"].double()
+        if right_factor != "column":
+            assert (q.T @ q - torch.eye(20).double()).norm() < 30 * 20**0.5 * 2.0**-24
+            assert torch.linalg.matrix_norm(after[backend], 2) < 1 + 1e-5
+    if decay <= 5.0:  # beyond, some directions are rounding noise of B Q, another in each backend
+        assert (after["cupy"] - after["reference"]).norm() < 2e-2 * after["reference"].norm()
+
+
+def test_the_order_of_threads_changes_no_bit(shim):
+    def weights(seed):
+        shim.seed = seed
+        return run("cupy", [(130, 70), (64, 200), (130, 70)], 2, tail="normalized")
+
+    plain = weights(-1)
+    for seed in (3, 4):
+        assert all(torch.equal(a, b) for a, b in zip(plain[1], weights(seed)[1], strict=True))
+
+
+def test_a_stack_is_cut_into_launches_of_64(shim):
+    ours, theirs = (run(b, [(70, 12, 8)], 2) for b in ("cupy", "reference"))
+    assert distance(ours, theirs) < 1e-5
+
+
+def test_diagnostics_equal_the_references(shim):
+    found = []
+    for backend in ("cupy", "reference"):
+        o, _ = run(backend, [(60, 40), (40, 90)], 3, diagnostics=True, tail="linear")
+        found.append(orthdion.diagnostics.last_step(o))
+    for a, b in zip(*found, strict=True):
+        assert a.null == b.null
+        assert a.nu == pytest.approx(b.nu, rel=1e-4)
+        assert a.captured == pytest.approx(b.captured, rel=1e-4)
+        assert a.alignment == pytest.approx(b.alignment, rel=1e-4)
+        assert a.effective_rank == pytest.approx(b.effective_rank, rel=1e-4)
+
+
+def test_saved_loaded_copied_and_continued_is_the_same_to_the_bit(shim):
+    import copy
+
+    def more(o, params):
+        for k in range(2):
+            for i, p in enumerate(params):
+                p.grad = randn(*p.shape, seed=50 + 10 * k + i)
+            o.step()
+        return [p.detach().clone() for p in params]
+
+    o, params = run("cupy", [(40, 30), (30, 50)], 2, tail="normalized")
+    o.add_param_group({"params": [torch.nn.Parameter(randn(9))], "algorithm": "adamw"})
+    everything = [*params, o.param_groups[1]["params"][0]]
+    fresh = copy.deepcopy(o)
+    copies = [p for g in fresh.param_groups for p in g["params"]]
+    groups = [
+        {"params": [parameter(p.detach()) for p in params]},
+        {"params": [parameter(everything[2].detach())], "algorithm": "adamw"},
+    ]
+    other = orthdion.OrthDion(groups, backend="cupy", tail="normalized")
+    other.load_state_dict(o.state_dict())
+    loaded = [p for g in other.param_groups for p in g["params"]]
+    expected = more(o, everything)
+    assert all(torch.equal(a, b) for a, b in zip(expected, more(fresh, copies), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, more(other, loaded), strict=True))
