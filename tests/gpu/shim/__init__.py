@@ -21,13 +21,14 @@ HEADER = Path(__file__).parent / "shim.h"
 COMPILER = shutil.which("g++")
 
 
-def translation(file):
-    """A kernel file as C++ with one plain function a kernel, which takes the addresses of its arguments."""
-    lines = [f'#include "{HEADER}"', text(file)]
+def translation(file, change=None):
+    """A kernel file as C++ with one plain function a kernel, which takes the addresses of its arguments. ``change`` may
+    spoil the source first, for tests of this shim.
+    """
+    source = text(file)
+    lines = [f'#include "{HEADER}"', change(source) if change else source]
     for k in kernels().values():
         if k.file == file:
-            # Parameters are read as the kernel declares them: `const` may have been dropped from pointers only.
-            loads = ", ".join(f"*({t if not t.endswith('*') else 'const ' + t}*)a[{i}]" for i, t in enumerate(k.types))
             loads = ", ".join(
                 f"({t}) *(u64*)a[{i}]" if t.endswith("*") else f"*({t}*)a[{i}]" for i, t in enumerate(k.types)
             )
@@ -44,9 +45,9 @@ def translation(file):
 
 
 @cache
-def library(file, sanitize=False):
+def library(file, sanitize=False, change=None):
     """The compiled file. Kept in the temporary directory under a hash of all that went into it."""
-    source = translation(file)
+    source = translation(file, change)
     # Rounding as on the device: fused where the compiler likes is allowed, reassociation is not.
     # Kernels' names may be the C library's too (`advance` is): each file keeps to its own.
     flags = [
@@ -76,9 +77,9 @@ def library(file, sanitize=False):
 class ShimDevice(Device):
     """Launches on the shim, products with NumPy. Small caches, so that small matrices are cut into panels."""
 
-    def __init__(self, l2_bytes=6 << 14, multiprocessors=4, seed=-1, sanitize=False):
+    def __init__(self, l2_bytes=6 << 14, multiprocessors=4, seed=-1, sanitize=False, change=None):
         self.l2_bytes, self.multiprocessors = l2_bytes, multiprocessors
-        self.seed, self.sanitize = seed, sanitize
+        self.seed, self.sanitize, self.change = seed, sanitize, change
         #: What was launched: name, grid, arguments as declared, bytes loaded and stored.
         self.log = []
         self.logging = False
@@ -90,11 +91,11 @@ class ShimDevice(Device):
 
     def _counts(self, file):
         out = np.zeros(2, np.uint64)
-        library(file, self.sanitize).counts(ctypes.c_void_p(out.ctypes.data))
+        library(file, self.sanitize, self.change).counts(ctypes.c_void_p(out.ctypes.data))
         return int(out[0]), int(out[1])
 
     def _launch(self, kernel, grid, threads, arguments):
-        lib = library(kernels()[kernel].file, self.sanitize)
+        lib = library(kernels()[kernel].file, self.sanitize, self.change)
         if self.logging:
             self._counts(kernels()[kernel].file)
         cells = [np.atleast_1d(np.asarray(a)) for a in arguments]

@@ -1,6 +1,7 @@
 // Runs CUDA kernels on the processor: every thread of a block is a fiber that gives way at barriers and warp exchanges.
 //
-// Fibers of a round are taken in an order that `shim_seed` shuffles, so a missing barrier shows as another result. A warp
+// With a seed, fibers take turns in shuffled orders and warps at speeds of their own, so a missing barrier shows as another
+// result. A warp
 // exchange that not all lanes reach, or a barrier that some threads skip, is reported, not waited for. `fetch` and `put`
 // count the bytes that they move.
 #pragma once
@@ -21,7 +22,8 @@
 
 #define __global__
 #define __device__
-#define __shared__ static
+// Shared memory has a section of its own, so that every block can find it full of NaN.
+#define __shared__ static __attribute__((section("shim_shared")))
 #define __launch_bounds__(n)
 #define DEVICE inline
 #define COUNT_LOAD(bytes) (shim::loaded += (bytes))
@@ -31,6 +33,8 @@ struct Dim3 {
   unsigned x, y, z;
 };
 static Dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+extern "C" char __start_shim_shared[] __attribute__((weak)), __stop_shim_shared[] __attribute__((weak));
 
 namespace shim {
 
@@ -117,12 +121,15 @@ static bool run_block(std::mt19937* shuffle) {
     makecontext(&f.start, begin, 0);
   }
   memset(parity, 0, sizeof parity);
+  if (__start_shim_shared) memset(__start_shim_shared, 0xff, __stop_shim_shared - __start_shim_shared);
   for (;;) {
     if (shuffle) std::shuffle(order.begin(), order.end(), *shuffle);
     bool moved = false;
+    // Warps run at speeds of their own: in a round each one rests with an even chance.
+    unsigned rest = shuffle ? (unsigned)(*shuffle)() : 0;
     for (int i : order)
       if (fibers[i].state == READY) {
-        resume(i);
+        if (!(rest >> (i / 32) & 1)) resume(i);
         moved = true;
       }
     int done = 0, waiting = 0;

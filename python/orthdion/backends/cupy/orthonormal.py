@@ -166,13 +166,13 @@ def orthonormalize(
     multiply(device, v, once, s2, shape=UPPER_B, when=due)
     both = torch.empty_like(t)
     multiply(device, both, t2, t, shape=UPPER_A | UPPER_B | UPPER_C, when=due)
-    multiply(device, t, both, _identity(r, a.device), shape=UPPER_A | UPPER_B | UPPER_C, when=due)
+    multiply(device, t, both, _identity(r, a.device).expand(count, r, r), shape=UPPER_A | UPPER_B | UPPER_C, when=due)
     return Factor(v, t, s, null, bounds)
 
 
 @cache
 def _identity(r: int, device: torch.device) -> Tensor:
-    return torch.eye(r, dtype=torch.float64, device=device).expand(1, r, r)
+    return torch.eye(r, dtype=torch.float64, device=device)
 
 
 def polar(device: Device, f: Factor) -> Tensor:

@@ -1,0 +1,182 @@
+"""What launches move: the bytes that a kernel's loads and stores add up to, from its grid and arguments.
+
+The tests hold these against what the kernels' own loads and stores count; ``docs/gpu.md`` and ``make gpu-check`` sum
+them up to the passes over memory that a step takes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Traffic", "declared"]
+
+_SIZES = (4, 8, 2, 2)  # of the number formats, as the kernels number them
+_TILE, _ROWS, _COLS = 64, 32, 128
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes loaded and stored: of X, M and G, which lie in memory; of them again, while their panel is cached; of all
+    else.
+    """
+
+    matrix_loads: int = 0
+    matrix_stores: int = 0
+    again: int = 0
+    loads: int = 0
+    stores: int = 0
+    #: Whether every matrix takes part; otherwise this is what the launch moves at most.
+    exact: bool = True
+
+    @property
+    def loaded(self) -> int:
+        """All loads."""
+        return self.matrix_loads + self.again + self.loads
+
+    @property
+    def stored(self) -> int:
+        """All stores."""
+        return self.matrix_stores + self.stores
+
+
+def declared(kernel: str, grid: Sequence[int], arguments: Sequence[Any]) -> Traffic | None:
+    """Of a launch; None for kernels that work on r×r numbers in one block a matrix."""
+    known = _KERNELS.get(kernel)
+    return known(tuple(grid), arguments) if known else None
+
+
+def _place(packed: bytes) -> tuple[int, int, bool, int, int, int]:
+    """``(rows, cols, turned, bytes of an entry of X, M, G)`` of a ``Place``."""
+    words = struct.unpack("=11q2d", packed)
+    return words[2], words[3], bool(words[4]), _SIZES[words[5]], _SIZES[words[6]], _SIZES[words[7]]
+
+
+def _form(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    rows, cols, _, _, m, g = _place(a[2])
+    entries = grid[2] * rows * cols
+    stores = entries * (_SIZES[a[4]] + (4 if a[5] is not None else 0))
+    if a[7] is not None:
+        stores += 8 * grid[2] * (rows * grid[0] + cols * grid[1])
+    return Traffic(matrix_loads=entries * (m + g), stores=stores)
+
+
+def _tail_rows(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    rows, cols, turned, _, m, g = _place(a[2])
+    entries, threads = grid[2] * rows * cols, 256 * grid[0] * grid[1] * grid[2]
+    sums = grid[2] * (cols * grid[1] if turned else rows * grid[0])
+    return Traffic(again=entries * (m + g), loads=entries * (4 + 8) + 8 * threads, stores=2 * 8 * sums)
+
+
+def _apply(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    rows, cols, _, x, m, g = _place(a[3])
+    _, fed, _, captured, columns = struct.unpack("=8q3d", a[4])[:5]
+    entries, threads = grid[2] * rows * cols, 256 * grid[0] * grid[1] * grid[2]
+    of_entry = 4 + (4 if fed else 0)
+    if columns:
+        of_entry += 16 + (0 if captured == fed else 4)
+    # Of every thread: the flags, size, α, η and λ.
+    return Traffic(
+        matrix_loads=entries * (x + m + g),
+        matrix_stores=entries * (x + m),
+        loads=entries * of_entry + threads * (4 + 4 * 8),
+        exact=False,
+    )
+
+
+def _multiply(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    words = struct.unpack("=24q3d11q", a[0])
+    sizes = [_SIZES[words[6 * i + 5]] for i in range(4)]
+    beta = words[25]
+    m, n, k, _, splits, shape, flags = words[27:34]
+    if len(a) > 1:
+        formed = struct.unpack("=6q2dq", a[1])
+        sizes[0] = _SIZES[formed[0]] + _SIZES[formed[1]]
+    tiles_i, tiles_j, each = grid[1], grid[0], grid[2] // splits
+    loads = stores = 0
+    for i in range(tiles_i):
+        for j in range(tiles_j):
+            if shape & (1 | 8) and i > j:
+                continue
+            rows, cols = min(_TILE, m - i * _TILE), min(_TILE, n - j * _TILE)
+            low, high = (i * _TILE if shape & 2 else 0), (min(k, (j + 1) * _TILE) if shape & 4 else k)
+            loads += max(high - low, 0) * (rows * sizes[0] + cols * sizes[1])
+            loads += rows * cols * sizes[3] if beta else 0
+            stores += rows * cols * sizes[2] * (1 if not shape & 1 or i == j else 2) * splits
+    loads, stores = loads * each, stores * each
+    loads += 4 * 256 * grid[0] * grid[1] * grid[2] if flags else 0
+    if len(a) > 1:
+        loads += 8 * 256 * grid[0] * grid[1] * grid[2]
+    return Traffic(loads=loads, stores=stores, exact=not flags)
+
+
+def _collect(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    terms, size, count, add, flags = int(a[4]), _SIZES[a[7]], int(a[8]), bool(a[9]), a[10] is not None
+    entries = count * grid[1]
+    return Traffic(
+        loads=entries * (8 * terms + (size if add else 0) + (4 if flags else 0)), stores=entries * size, exact=not flags
+    )
+
+
+def _gather(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    entries = grid[1] * int(a[6]) * int(a[7])
+    return Traffic(loads=entries * _SIZES[a[1]], stores=entries * _SIZES[a[5]])
+
+
+def _keep(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    entries, threads = grid[1] * int(a[7]) * int(a[8]), 256 * grid[0] * grid[1]
+    loads = 4 * threads + entries * (4 + (4 if a[2] is not None else 0))
+    return Traffic(loads=loads, stores=entries * _SIZES[a[4]], exact=False)
+
+
+def _operand(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    entries = grid[1] * int(a[5])
+    return Traffic(loads=entries * (4 if a[1] is None else 16), stores=entries * _SIZES[a[4]])
+
+
+def _column_squares(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    return Traffic(loads=4 * grid[1] * int(a[2]) * int(a[3]), stores=8 * grid[1] * int(a[3]))
+
+
+def _scale_columns(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    entries = grid[1] * int(a[3]) * int(a[4])
+    return Traffic(loads=12 * entries, stores=4 * entries)
+
+
+def _tensors(packed: bytes) -> tuple[int, int]:
+    """How many entries and tensors a ``Tensors`` has."""
+    words = struct.unpack("=384q66i", packed)
+    return sum(words[320:384]), words[-1]
+
+
+def _elementwise(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    entries, _ = _tensors(a[0])
+    lion, x, g, m = struct.unpack("=q4d4q", a[1])[5:]
+    states = _SIZES[m] * (1 if lion else 2)
+    own = 256 * grid[0] * (4 + 16) + (0 if lion else 4 * grid[0])
+    loads, stores = entries * (_SIZES[x] + _SIZES[g] + states), entries * (_SIZES[x] + states)
+    return Traffic(matrix_loads=loads, matrix_stores=stores, loads=own, exact=False)
+
+
+def _find_bad(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+    return Traffic(matrix_loads=_tensors(a[0])[0] * _SIZES[struct.unpack("=q4d4q", a[1])[7]])
+
+
+_KERNELS = {
+    "form": _form,
+    "tail_rows": _tail_rows,
+    "apply": _apply,
+    "multiply": _multiply,
+    "multiply_formed": _multiply,
+    "collect": _collect,
+    "gather": _gather,
+    "keep": _keep,
+    "operand": _operand,
+    "column_squares": _column_squares,
+    "scale_columns": _scale_columns,
+    "elementwise": _elementwise,
+    "find_bad": _find_bad,
+}
+
