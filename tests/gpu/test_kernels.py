@@ -349,7 +349,7 @@ def test_a_missing_barrier_in_the_cholesky_tile_shows():
         t, s = t[0].triu(), s[0].triu()
         return not (torch.allclose(t @ s, torch.eye(50).double()) and torch.allclose(t.T @ t, gram[0]))
 
-    assert count == 7
+    assert count == 6
     assert [b for b in range(count) if not any(wrong(b, seed) for seed in range(9))] == []
 
 

@@ -76,7 +76,6 @@ extern "C" __global__ void __launch_bounds__(256) cholesky_tile(
     if (i < n && j < n) put(t_out + corner + (i64)i * r + j, i <= j ? t[i][j] : 0.0);
   }
   if (tid < n) put(null + (i64)k * r + j0 + tid, dead[tid]);
-  __syncthreads();
   // The inverse, in place: column j needs its own entries and the columns before it. Four lanes share a row.
   int i = tid / 4, lane = tid % 4;
   for (int j = 0; j < n; j++) {
