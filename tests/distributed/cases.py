@@ -276,3 +276,53 @@ def another_rank_loads() -> list[tuple[int, ...]]:
         other.step()
     assert errors([p], [plain]) < 1e-10
     return [*shapes, tuple(large.state[p]["Q"].shape)]
+
+
+def through_the_shim(seed: int = 1) -> Any:
+    """Has the CUDA backend's kernels serve this process's CPU tensors; returns what undoes it."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+    from shim import ShimDevice
+
+    from orthdion.backends import choose
+    from orthdion.backends.cupy import register
+
+    undo = register(torch.device("cpu"), ShimDevice(l2_bytes=1 << 12, seed=seed))
+    choose.cache_clear()
+    return lambda: (undo(), choose.cache_clear())
+
+
+def on_the_device(case: str, *args: Any) -> Any:
+    """A case of this file with backend="cupy", whose options are the last dictionary of its arguments."""
+    undo = through_the_shim(dist.get_rank())
+    try:
+        return globals()[case](*[{**a, "backend": "cupy"} if isinstance(a, dict) else a for a in args])
+    finally:
+        undo()
+
+
+def a_nan_on_one_rank(backend: str) -> tuple[bool, int, bool]:
+    """Whether it left matrix, momentum and Q as they were on this rank, what was counted, whether another one moved."""
+    undo = through_the_shim() if backend == "cupy" else lambda: None
+    try:
+        where = mesh((-1,))
+        params = [
+            torch.nn.Parameter(sharded(randn(13, 7, seed=i, dtype=torch.float32), where, (Shard(0),))) for i in range(2)
+        ]
+        o = orthdion.OrthDion(params, backend=backend)
+        for k in range(3):
+            before = [t.clone() for p in params for t in (full(p), *map(full, o.state[p].values()))]
+            for i, p in enumerate(params):
+                g = randn(13, 7, seed=10 * k + i, dtype=torch.float32)
+                if k == 2 and i == 0:
+                    g[12, 3] = float("nan")  # a row of the last rank
+                p.grad = sharded(g, where, (Shard(0),))
+            o.step()
+        after = [t for p in params for t in (full(p), *map(full, o.state[p].values()))]
+        half = len(before) // 2
+        kept = all(torch.equal(a, b) for a, b in zip(before[:half], after[:half], strict=True))
+        return kept, sum(o.skipped_steps.values()), not torch.equal(before[half], after[half])
+    finally:
+        undo()

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..optim.step import Options, Tail
+    from ..optim.step import Options, Outcome, Report, Tail
+    from ..optim.tall import Tall
+    from ..sharding import Body, Group
 
 __all__ = ["Job", "Reference", "complete", "orthonormalize", "polar", "unit_roundoff"]
 
@@ -131,6 +133,12 @@ class Reference:
         """The roundoff that thresholds are multiples of."""
         return self._unit if self._unit is not None else unit_roundoff(t.dtype)
 
+    def compress(self, a: Tensor, along: Group, unit: Tensor) -> Body[Tall]:
+        """A tall matrix over ranks as E·S; ``unit`` tells the working precision."""
+        from ..optim.tall import compress
+
+        return compress(a, along, self.gate(unit))
+
     def gate(self, t: Tensor) -> tuple[float, float]:
         """Condition numbers up to which one Cholesky QR, and two, are as good as a Householder QR (section 4)."""
         return math.sqrt(self.unit(t) / 2.0**-53) / 8.0, 1e6
@@ -198,7 +206,7 @@ class Job:
             g = -g
         self._plus = m + g
         self._b = self._plus if o.kappa is None else o.kappa * self._plus + g
-        self.size = 1.0
+        self.size: float | Tensor = 1.0
 
     def sketch(self) -> Tensor:
         """``B Q`` (m, r)"""
@@ -208,6 +216,27 @@ class Job:
         """Max |B|, infinite if B is not finite; a double."""
         largest = _double(self._b.abs().amax()) if self._b.numel() else self._b.new_zeros((), dtype=torch.float64)
         return torch.where(largest.isfinite(), largest, math.inf)
+
+    def settle(self, largest: Tensor) -> Report | None:
+        """Takes what :meth:`entry` is over all ranks (−1: nobody has a gradient) and scales B if it must be; a report
+        if the step ends here.
+        """
+        from ..optim.step import Report
+
+        top, safe = float(largest), self._be.safe(self.old)
+        if top < 0.0:
+            return Report(skipped=False, idle=True)
+        if not math.isfinite(top):
+            return Report(skipped=True)
+        if top != 0.0 and not 1.0 / safe < top < safe:
+            self.rescale(math.ldexp(1.0, -math.floor(math.log2(top))))
+        return None
+
+    def report(self, null: Tensor) -> Outcome:
+        """What will have happened, given R's null directions."""
+        from ..optim.step import Report
+
+        return Report(False, int(null.sum()))
 
     def rescale(self, size: float) -> None:
         """Multiplies B by a power of two."""

@@ -133,8 +133,9 @@ class RustJob(Job):
 
     def _sum(self, kappa: float | None) -> tuple[float, float]:
         """The coefficients of M and G in B, or (``kappa`` None) in M⁺."""
-        sign = -self.size if self._o.maximize else self.size
-        return (self.size, sign) if kappa is None else (kappa * self.size, (1.0 + kappa) * sign)
+        size = float(self.size)
+        sign = -size if self._o.maximize else size
+        return (size, sign) if kappa is None else (kappa * size, (1.0 + kappa) * sign)
 
     def _product(
         self,
@@ -154,7 +155,7 @@ class RustJob(Job):
     def sketch(self) -> Tensor:
         """``B Q`` (m, r)"""
         if self._sketch is None or self._sketch[0] != self.size:
-            self._sketch = (self.size, *self._product(self.old, False, self._o.kappa))
+            self._sketch = (float(self.size), *self._product(self.old, False, self._o.kappa))
         return self._sketch[1]
 
     def entry(self) -> Tensor:
@@ -191,11 +192,11 @@ class RustJob(Job):
     def write(self, p: Tensor, r: Tensor, v: Tensor, w: Tensor, scale: float, tail: Tail) -> None:
         """``X ← (1 − ηλ)X − η·scale·D`` and ``M ← a·M⁺ − (a − b)·P Wᵀ/size``, in place."""
         x, m, _ = self._targets
-        alpha = tail.alpha or 0.0
+        alpha = 0.0 if tail.alpha is None else float(tail.alpha)
         u = v - alpha * r if alpha else v
         numbers = np.array([*numbers_of(self._o), scale])
         table = operands(self._g, p, u, w, x, m)
-        _core.part_write(table, numbers, alpha, self.size, self._double, torch.get_num_threads())
+        _core.part_write(table, numbers, alpha, float(self.size), self._double, torch.get_num_threads())
         _bump([x, m])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..backends import Reference
+from ..backends.deferred import Deferred
 from ..sharding import Communicator
 from . import elementwise
 from .elementwise import Rule
@@ -32,13 +33,16 @@ def step_lowrank(
 
         slots = [skips.slot(jobs[i][0]) for i in near]
         outcomes |= zip(near, cupy.lowrank_step([matrices[i] for i in near], slots), strict=True)
-        apart = Reference()
+        apart = cupy.Cupy()
     else:
         from ..backends import rust
 
         outcomes |= zip(near, rust.lowrank_step([matrices[i] for i in near]), strict=True)
         apart = rust.Rust()
     outcomes |= zip(far, step([matrices[i] for i in far], apart, comm), strict=True)
+    for i in far:
+        if isinstance(deferred := outcomes[i], Deferred):
+            skips.slot(jobs[i][0]).logical_or_(deferred.skipped)
     return [outcomes[i] for i in range(len(jobs))]
 
 

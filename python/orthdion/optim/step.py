@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..backends.reference import Job, Reference
 from ..sharding import Body, Communicator, Factorize, Group, Layout, Reduce
-from .tall import Tall, compress
+from .tall import Tall
 
 __all__ = ["Matrix", "Options", "Outcome", "Report", "RightFactor", "Tail", "step"]
 
@@ -115,18 +115,18 @@ class Outcome(Protocol):
 class Tail:
     """What is added to P Vᵀ: α·T, or T with scaled columns and rows, or nothing."""
 
-    alpha: float | None = None
+    alpha: Tensor | None = None
     columns: Tensor | None = None
     rows: Tensor | None = None
 
 
-def step(matrices: Sequence[tuple[Matrix, Options]], be: Reference, comm: Communicator) -> list[Report]:
+def step(matrices: Sequence[tuple[Matrix, Options]], be: Reference, comm: Communicator) -> list[Outcome]:
     """Steps every matrix in place."""
     bodies = [_one(matrix, o, be.rounding(o.half, o.tf32)) for matrix, o in matrices]
     return comm.run(bodies, [matrix.offset for matrix, _ in matrices])
 
 
-def _one(matrix: Matrix, o: Options, be: Reference) -> Body[Report]:
+def _one(matrix: Matrix, o: Options, be: Reference) -> Body[Outcome]:
     at, kind = matrix.layout, o.right_factor
     if 0 in (*matrix.shape, matrix.q.shape[1]):
         return Report(skipped=False)
@@ -134,12 +134,8 @@ def _one(matrix: Matrix, o: Options, be: Reference) -> Body[Report]:
     left, right, least, fade = be.noise(job.old)
 
     largest = yield Reduce(_arrival(matrix, job), at.domain, "flags", op="max")
-    if float(largest) < 0.0:
-        return Report(skipped=False, idle=True)
-    size = _power_of_two(float(largest), be.safe(job.old))
-    if math.isnan(size):
-        return Report(skipped=True)
-    job.rescale(size)
+    if (early := job.settle(largest)) is not None:
+        return early
 
     sketch = partial(_factor, be=be, unit=job.old, copies=at.replicas.size)
     p, _, _ = yield from sketch(job.sketch(), at.left, at.rows, "P", partial(be.orthonormalize, tol=left))
@@ -154,7 +150,7 @@ def _one(matrix: Matrix, o: Options, be: Reference) -> Body[Report]:
     if o.kappa is not None and o.a != o.b:
         w = yield Reduce(job.captured(p), at.right, "R", at.replicas.size, rounded=True)
 
-    report = Report(False, int(null.sum()))
+    report: Outcome = job.report(null)
     if o.diagnostics:
         report = yield from _diagnose(job, r, v, null, at)
     tail = Tail()
@@ -173,15 +169,6 @@ def _arrival(matrix: Matrix, job: Job) -> Tensor:
     return entry if matrix.arrived else torch.where(entry.isfinite(), -torch.ones_like(entry), entry)
 
 
-def _power_of_two(largest: float, safe: float) -> float:
-    """What brings the largest entry near 1; 1 where squares are safe anyway. NaN if it is not finite."""
-    if not math.isfinite(largest):
-        return math.nan
-    if largest == 0.0 or 1.0 / safe < largest < safe:
-        return 1.0
-    return math.ldexp(1.0, -math.floor(math.log2(largest)))
-
-
 def _factor(
     a: Tensor,
     over: Group,
@@ -198,7 +185,7 @@ def _factor(
         factored: tuple[Tensor, Tensor, Tensor] = yield Factorize(a, over, what, work, copies)
         return factored
     a = yield Reduce(a, over, what, copies, rounded=True)
-    tall: Tall = yield from compress(a, along, be.gate(unit))
+    tall: Tall = yield from be.compress(a, along, unit)
     v, null = work(tall.small)
     return tall.expand(v).to(a.dtype), null, a
 
@@ -207,7 +194,7 @@ def _warm_start(kind: str, v: Tensor, null: Tensor, old: Tensor, be: Reference, 
     """The next Q. To fill null columns, V and the old Q are written in an orthonormal basis of both."""
     if at.cols.size == 1 or kind == "column" or not bool(null.any()) or bool(null.all()):
         return be.warm_start(kind, v, null, old)
-    tall: Tall = yield from compress(torch.cat([v, old], 1), at.cols, be.gate(old))
+    tall: Tall = yield from be.compress(torch.cat([v, old], 1), at.cols, old)
     small = tall.small
     return tall.expand(be.warm_start(kind, small[:, : v.shape[1]], null, small[:, v.shape[1] :]))
 
@@ -215,6 +202,8 @@ def _warm_start(kind: str, v: Tensor, null: Tensor, old: Tensor, be: Reference, 
 def _tail(job: Job, p: Tensor, r: Tensor, matrix: Matrix, o: Options, least: float, fade: float) -> Body[Tail]:
     """The tail's numbers (section 3b), from ‖T‖² = ‖B‖² − ‖R‖² of the whole and of each column: P is orthonormal."""
     at, spare = matrix.layout, min(matrix.shape) - r.shape[1]
+    if spare == 0:
+        return Tail()
     rows, columns = job.energies()
     squares = r.double().square()
     if o.tail == "linear":
@@ -226,12 +215,11 @@ def _tail(job: Job, p: Tensor, r: Tensor, matrix: Matrix, o: Options, least: flo
             Reduce(squares.sum(), at.cols, "tail"),
             Reduce((rows > 0).sum().double(), at.rows, "tail"),
         )
-    energy = float(total - captured)
-    if spare == 0 or energy <= least * float(total):
-        return Tail()
-    weight = o.tail_scale * math.sqrt(spare)
+    # Where the tail is rounding noise there is none: a weight of 0, as nothing here is read on the host.
+    energy = total - captured
+    weight = (energy > least * total).to(energy.dtype) * (o.tail_scale * math.sqrt(spare))
     if o.tail == "linear":
-        return Tail(alpha=weight / math.sqrt(energy))
+        return Tail(alpha=weight / energy.clamp_min(1e-300).sqrt())
     norms = torch.maximum(columns - squares.sum(1), fade * columns).sqrt()
     inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(1e-300), 0.0)
     raw, scaled = job.tail_rows(p, r, inverse)
@@ -239,7 +227,7 @@ def _tail(job: Job, p: Tensor, r: Tensor, matrix: Matrix, o: Options, least: flo
     # Rows in which the tail is noise fade out; every other row of N has norm 1.
     share = (raw / (fade * rows).clamp_min(1e-300)).clamp_max(1.0).sqrt()
     lengths = torch.where(scaled > 0, share / scaled.sqrt().clamp_min(1e-300), 0.0)
-    return Tail(columns=inverse, rows=lengths * (weight / math.sqrt(float(count))))
+    return Tail(columns=inverse, rows=lengths * (weight / count.clamp_min(1.0).sqrt()))
 
 
 def _diagnose(job: Job, r: Tensor, v: Tensor, null: Tensor, at: Layout) -> Body[Report]:

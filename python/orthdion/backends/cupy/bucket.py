@@ -92,8 +92,8 @@ class Bucket:
             for first in range(0, m, step):
                 yield Slab(k, k + 1, first, min(first + step, m))
 
-    def place(self, s: Slab) -> bytes:
-        """The struct ``Place`` of a slab."""
+    def place(self, s: Slab, ahead: bool = True) -> bytes:
+        """The struct ``Place`` of a slab; ``ahead``: B looks ahead where the options say so."""
         _, n, _ = self.shape
         rows = s.last - s.first
         corner = (0, s.first, n, rows) if self.turned else (s.first, 0, rows, n)
@@ -107,7 +107,7 @@ class Bucket:
             _pitch(x),
             _pitch(m),
             _pitch(g),
-            -1.0 if o.kappa is None else o.kappa,
+            -1.0 if o.kappa is None or not ahead else o.kappa,
             -1.0 if o.maximize else 1.0,
         )
 

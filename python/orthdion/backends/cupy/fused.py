@@ -16,19 +16,19 @@ with NaN or infinity goes through everything and is not written.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ...optim.step import Matrix, Options
 from .arguments import TYPES, addresses
-from .bucket import buckets
+from .bucket import Slab, buckets
 from .device import device_for
 from .orthonormal import Factor, complete, orthonormalize, polar
-from .passes import Energies, Passes
+from .passes import SAFE, Energies, Passes
 from .pending import Pending, Verdicts, diagnose, note
-from .products import DIRECT, LEFT_AGAIN, RIGHT_AGAIN, SKIP, SOME_NULL, UPPER_B, When, multiply
+from .products import DIRECT, LEFT_AGAIN, RESCALE, RIGHT_AGAIN, SKIP, SOME_NULL, UPPER_B, When, multiply
 
 __all__ = ["lowrank_step"]
 
@@ -68,6 +68,10 @@ class _Step(Passes):
         separate = o.kappa is not None and o.a != o.b
         q = self.gather()
         first = self.project(q, back=True, separate=separate, energies=o.tail != "feedback" or o.diagnostics)
+        self.device.launch(
+            "decide", (-(-self.b.count // 64),), 64, first.largest, self.flags, self.numbers, SAFE, self.b.count
+        )
+        self.formed(first.p, self.formed_operand(o.kappa), q, RESCALE)
         energies, p = first.energies, self._left(first.p)
         assert first.r is not None
         r = self._back(p, first.r, o.kappa)
@@ -77,7 +81,7 @@ class _Step(Passes):
         if o.diagnostics and energies is not None:
             figures = diagnose(self.b, self.numbers, r, v, energies.rows)
         head, columns = self._tail(r, v, energies)
-        self.apply(p.v, r, w, head, columns, energies)
+        self.apply(p.v, r, w, head, columns, None if energies is None else self._lengths(energies, columns))
         to = self.b.q[0]
         self.each(
             "keep",
@@ -172,3 +176,19 @@ class _Step(Passes):
             self.fade,
         )
         return self.operand(v), columns
+
+    def _lengths(self, energies: Energies, columns: Tensor | None) -> Callable[[Slab, Tensor], Tensor] | None:
+        """What the rows of a normalized tail are multiplied by, slab by slab."""
+        if columns is None:
+            return None
+        of_columns = columns
+
+        def lengths(s: Slab, captured: Tensor) -> Tensor:
+            raw, scaled = self.tail_sums(s, captured, of_columns)
+            count, rows = raw.shape
+            out = torch.empty_like(raw)
+            known = (energies.rows[s.matrices], s.first, self.m, rows, self.numbers[s.matrices])
+            self.device.launch("tail_lengths", (-(-rows // 256), count), 256, raw, scaled, *known, out, self.fade)
+            return out
+
+        return lengths

@@ -14,7 +14,7 @@ from ..reference import Reference
 from .arguments import TYPES, addresses, pack
 from .bucket import Bucket, Slab
 from .device import Device
-from .products import RESCALE, Formed, When, multiply
+from .products import Formed, When, multiply
 
 __all__ = ["Energies", "Passes"]
 
@@ -41,6 +41,7 @@ class Projection:
     r: Tensor | None
     w: Tensor | None
     energies: Energies | None
+    largest: Tensor
 
 
 class Passes:
@@ -96,9 +97,7 @@ class Passes:
         return out
 
     def project(self, q: Tensor, *, back: bool, separate: bool, energies: bool) -> Projection:
-        """The first pass: reads M and G. ``back``: R̂ too; ``separate``: and Ŵ. Decides what is skipped and
-        rescaled.
-        """
+        """The first pass: reads M and G. ``back``: R̂ too; ``separate``: and Ŵ."""
         b, o, device = self.b, self.o, self.device
         p, r = self.new(self.m, self.r), self.new(self.n, self.r) if back else None
         w = self.new(self.n, self.r) if separate else None
@@ -117,18 +116,25 @@ class Passes:
                 device.multiply(r[s.matrices], upright.transpose(1, 2), left, add=late, tf32=o.tf32)
             if plus is not None and w is not None:
                 device.multiply(w[s.matrices], b.upright(plus).transpose(1, 2), part, add=late, tf32=o.tf32)
-        device.launch("decide", (-(-b.count // 64),), 64, largest, self.flags, self.numbers, SAFE, b.count)
-        self.formed(p, self.formed_operand(o.kappa), q, RESCALE)
-        return Projection(p, r, w, sums)
+        return Projection(p, r, w, sums, largest)
 
-    def form(self, s: Slab, plus: Tensor | None, largest: Tensor | None, energies: Energies | None) -> Tensor:
-        """A slab's B as products read it; M⁺, the largest entries and energies where there is room for them."""
+    def form(
+        self,
+        s: Slab,
+        plus: Tensor | None = None,
+        largest: Tensor | None = None,
+        energies: Energies | None = None,
+        ahead: bool = True,
+    ) -> Tensor:
+        """A slab's B as products read it, or (``ahead`` False) M⁺; M⁺ in single precision, the largest entries and
+        energies where there is room for them.
+        """
         b = self.b
         block, grid = b.block(s, self.product), b.grid(s)
         rows, columns = (None, None) if energies is None else self._partial(block, grid)
         if largest is None:
             largest = torch.empty(b.count, dtype=torch.int32, device=self.where)
-        operands = (*b.lists(s, "m", "g"), b.place(s), block, TYPES[block.dtype], plus, largest[s.matrices])
+        operands = (*b.lists(s, "m", "g"), b.place(s, ahead), block, TYPES[block.dtype], plus, largest[s.matrices])
         self.device.launch("form", grid, 256, *operands, rows, columns)
         if energies is not None and rows is not None and columns is not None:
             self._collect(s, rows, columns, energies)
@@ -186,9 +192,17 @@ class Passes:
         return squares
 
     def apply(
-        self, p: Tensor, r: Tensor, w: Tensor, head: Tensor, columns: Tensor | None, energies: Energies | None
+        self,
+        p: Tensor,
+        r: Tensor,
+        w: Tensor,
+        head: Tensor,
+        columns: Tensor | None = None,
+        lengths: Callable[[Slab, Tensor], Tensor] | None = None,
     ) -> None:
-        """The second pass: reads M, G and X, writes X and M. ``columns``: the scales of a normalized tail's columns."""
+        """The second pass: reads M, G and X, writes X and M. Of a normalized tail, ``columns`` are the scales of its
+        columns, and ``lengths`` gives those of a slab's rows, given its P Rᵀ.
+        """
         b, o, device = self.b, self.o, self.device
         left, hyper = self.operand(p), o.hyper
         tail_right = self.operand(r) if columns is not None else None
@@ -196,13 +210,13 @@ class Passes:
         if o.a != o.b:
             fed_right = tail_right if w is r and tail_right is not None else self.operand(w)
         for s in b.slabs(self.entries):
-            product = self._products(s, left)
+            product = self.products(s, left)
             ahead = product(head)
             captured = product(tail_right)
             fed = captured if fed_right is tail_right else product(fed_right)
-            lengths = None
-            if columns is not None and captured is not None and energies is not None:
-                lengths = self._lengths(s, captured, columns, energies)
+            of_rows = None
+            if captured is not None and lengths is not None:
+                of_rows = lengths(s, captured)
             own = None if columns is None else columns[s.matrices]
             write = pack(
                 hyper,
@@ -210,7 +224,7 @@ class Passes:
                 ahead,
                 captured,
                 own,
-                lengths,
+                of_rows,
                 self.n,
                 s.last - s.first,
                 float(o.a),
@@ -228,7 +242,7 @@ class Passes:
                 self.numbers[s.matrices],
             )
 
-    def _products(self, s: Slab, p: Tensor) -> Callable[[Tensor | None], Tensor | None]:
+    def products(self, s: Slab, p: Tensor) -> Callable[[Tensor | None], Tensor | None]:
         """P Fᵀ of a slab for factors F, as the slab lies."""
 
         def product(right: Tensor | None) -> Tensor | None:
@@ -243,40 +257,14 @@ class Passes:
 
         return product
 
-    def _lengths(self, s: Slab, captured: Tensor, columns: Tensor, energies: Energies) -> Tensor:
-        """What the rows of a normalized tail are multiplied by."""
-        b, device, grid, rows = self.b, self.device, self.b.grid(s), s.last - s.first
-        along = 1 if b.turned else 2
+    def tail_sums(self, s: Slab, captured: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of squares along a slab's rows of T, and of T with scaled columns, given its P Rᵀ."""
+        b, grid, rows = self.b, self.b.grid(s), s.last - s.first
         shape = (s.count, grid[1], rows) if b.turned else (s.count, rows, grid[0])
-        raw, scaled = (captured.new_empty(shape, dtype=torch.float64) for _ in range(2))
-        device.launch(
-            "tail_rows",
-            grid,
-            256,
-            *b.lists(s, "m", "g"),
-            b.place(s),
-            captured,
-            self.numbers[s.matrices],
-            columns[s.matrices],
-            self.n,
-            raw,
-            scaled,
-        )
-        sums = [torch.empty(s.count, rows, dtype=torch.float64, device=self.where) for _ in range(3)]
-        self._sum(raw, along, sums[0], False)
-        self._sum(scaled, along, sums[1], False)
-        device.launch(
-            "tail_lengths",
-            (-(-rows // 256), s.count),
-            256,
-            sums[0],
-            sums[1],
-            energies.rows[s.matrices],
-            s.first,
-            self.m,
-            rows,
-            self.numbers[s.matrices],
-            sums[2],
-            self.fade,
-        )
-        return sums[2]
+        parts = [captured.new_empty(shape, dtype=torch.float64) for _ in range(2)]
+        own = (captured, self.numbers[s.matrices], columns[s.matrices], self.n)
+        self.device.launch("tail_rows", grid, 256, *b.lists(s, "m", "g"), b.place(s), *own, *parts)
+        raw, scaled = (torch.empty(s.count, rows, dtype=torch.float64, device=self.where) for _ in range(2))
+        self._sum(parts[0], 1 if b.turned else 2, raw, False)
+        self._sum(parts[1], 1 if b.turned else 2, scaled, False)
+        return raw, scaled

@@ -179,4 +179,3 @@ _KERNELS = {
     "elementwise": _elementwise,
     "find_bad": _find_bad,
 }
-
