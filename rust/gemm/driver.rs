@@ -100,13 +100,15 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
         // A reduction of one block is finished strip by strip, while its sums are in the first-level cache; a longer one
         // revisits its accumulator, which then should cover long lines of the right side.
         let rounding = b.lhs.rounding;
+        let k_major = b.rhs.contiguous_down();
         let nc = match b.lhs.depth <= T::KC {
             true if matches!(rounding, Rounding::Pairs(_)) => 2 * pairs::COLUMNS,
-            true => L::NR,
+            true if k_major => L::NR,
+            // A line along the right side's rows that is one tile long would cost more to begin than to read.
+            true => 8 * L::NR,
             // A multiple of every tile's width.
             false => (ACC / mc / 48 * 48).clamp(48, 384),
         };
-        let k_major = b.rhs.contiguous_down();
         let mut acc = Scratch::<T>::new(mc * nc);
         let mut packed = Scratch::<T>::new(nc * T::KC);
         let mut line = Scratch::<T>::new(2 * nc);
