@@ -1,6 +1,6 @@
 //! Orthonormal factors of tall matrices.
 //!
-//! All of it runs in double precision, whatever the input is stored in: a product of two singles is exact in double, so
+//! It runs in double precision, whatever the input is stored in (only a benign last product in the input's own): a product of two singles is exact in double, so
 //! one Cholesky QR of a float32 matrix with condition κ leaves an orthogonality error of about κ²·2⁻⁵³, below
 //! float32's own roundoff up to κ ≈ 10⁴, for the price of two products. [`factor`] estimates κ from the triangular
 //! factor it has anyway and takes a second pass, or Householder reflections, where one does not suffice.
@@ -32,6 +32,8 @@ pub(crate) struct Factor<'a> {
     pub(crate) null: Vec<bool>,
     /// How it was computed.
     pub(crate) method: Method,
+    /// `base·right` may be multiplied out in single precision: it then errs by a roundoff or two of `V`'s own.
+    single: bool,
 }
 
 enum Base<'a> {
@@ -75,7 +77,14 @@ pub(crate) fn factor<'a, T: Real>(
     let (n, r) = (a.rows, a.cols);
     if r == 0 {
         let (right, t) = (Some(Scratch::new(0)), Scratch::new(0));
-        return Ok(Factor { base: Base::Input(a), right, t, null: Vec::new(), method: Method::Cholesky });
+        return Ok(Factor {
+            base: Base::Input(a),
+            right,
+            t,
+            null: Vec::new(),
+            method: Method::Cholesky,
+            single: false,
+        });
     }
     if n < r {
         return Err(Error::Shape {
@@ -97,13 +106,13 @@ pub(crate) fn factor<'a, T: Real>(
         // A Gram matrix out of double's comfortable range is Householder's business, which scales its input and tells
         // overflow from NaN.
         if (1e-200..1e200).contains(&scale)
-            && let Some(f) = by_cholesky(cx, a, s, scale, tol, (one, two))
+            && let Some(f) = by_cholesky(cx, a, s, scale, tol, (one, two), T::UNIT > 1e-10)
         {
             return Ok(f);
         }
     }
     let (q, t, null) = householder::factor(cx, a, tol)?;
-    Ok(Factor { base: Base::Own(q), right: None, t, null, method: Method::Householder })
+    Ok(Factor { base: Base::Own(q), right: None, t, null, method: Method::Householder, single: false })
 }
 
 /// `max` that keeps a NaN.
@@ -118,6 +127,7 @@ fn by_cholesky<'a>(
     scale: f64,
     tol: f64,
     (one, two): (f64, f64),
+    single: bool,
 ) -> Option<Factor<'a>> {
     let r = a.cols;
     let norms: Vec<f64> = (0..r).map(|j| s[j * r + j].sqrt()).collect();
@@ -139,6 +149,8 @@ fn by_cholesky<'a>(
             t: s,
             null,
             method: Method::Cholesky,
+            // The product's terms are √(weighted/r) times as large as its entries, in the mean, and so are its errors.
+            single: single && weighted <= 4.0 * r as f64 && norms.iter().all(|x| (1e-12..1e12).contains(x)),
         });
     }
     if kappa > two || kappa.is_nan() {
@@ -162,13 +174,21 @@ fn by_cholesky<'a>(
         0.0,
         MatMut::row_major(&mut t, r, r),
     );
-    Some(Factor { base: Base::Own(first), right: Some(inverse), t, null, method: Method::CholeskyTwice })
+    Some(Factor {
+        base: Base::Own(first),
+        right: Some(inverse),
+        t,
+        null,
+        method: Method::CholeskyTwice,
+        single: false,
+    })
 }
 
 impl Factor<'_> {
     /// `V`, into `out` (n×r, any strides and element type).
     pub(crate) fn orthonormal(&self, cx: Context, out: MatMut<'_>) {
         match &self.right {
+            Some(right) if self.single => times_upper::<f32>(cx, self.base(), right, out),
             Some(right) => times_upper::<f64>(cx, self.base(), right, out),
             None => copy(self.base(), out),
         }

@@ -163,8 +163,8 @@ fn odd_sizes_around_block_boundaries_and_layouts() {
 #[test]
 fn tiny_and_huge_input() {
     let cx = Context::new(1);
-    for exponent in [-30, -20, 20, 30] {
-        let a: Vec<f64> = with_condition(90, 20, 1e3, 5).iter().map(|x| x * 10f64.powi(exponent)).collect();
+    for (exponent, kappa) in [(-36, 1.5), (-30, 1e3), (-20, 1e3), (20, 1e3), (30, 1e3), (36, 1.5)] {
+        let a: Vec<f64> = with_condition(90, 20, kappa, 5).iter().map(|x| x * 10f64.powi(exponent)).collect();
         assert_good(&ratios::<f32>(cx, &stored(&a), 90, 20, (true, true), None), "f32");
     }
     for exponent in [-250, -120, 120, 250] {
