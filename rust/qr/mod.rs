@@ -12,6 +12,7 @@ mod cholesky;
 mod complete;
 mod householder;
 mod polar;
+mod root;
 
 pub use complete::complete;
 
@@ -34,6 +35,8 @@ pub(crate) struct Factor<'a> {
     pub(crate) method: Method,
     /// `base·right` may be multiplied out in single precision: it then errs by a roundoff or two of `V`'s own.
     single: bool,
+    /// AᵀA, where one Cholesky factorisation of it was enough and single precision is wanted.
+    gram: Option<Scratch<f64>>,
 }
 
 enum Base<'a> {
@@ -84,6 +87,7 @@ pub(crate) fn factor<'a, T: Real>(
             null: Vec::new(),
             method: Method::Cholesky,
             single: false,
+            gram: None,
         });
     }
     if n < r {
@@ -112,7 +116,15 @@ pub(crate) fn factor<'a, T: Real>(
         }
     }
     let (q, t, null) = householder::factor(cx, a, tol)?;
-    Ok(Factor { base: Base::Own(q), right: None, t, null, method: Method::Householder, single: false })
+    Ok(Factor {
+        base: Base::Own(q),
+        right: None,
+        t,
+        null,
+        method: Method::Householder,
+        single: false,
+        gram: None,
+    })
 }
 
 /// `max` that keeps a NaN.
@@ -131,6 +143,11 @@ fn by_cholesky<'a>(
 ) -> Option<Factor<'a>> {
     let r = a.cols;
     let norms: Vec<f64> = (0..r).map(|j| s[j * r + j].sqrt()).collect();
+    let kept = single.then(|| {
+        let mut kept = Scratch::new(r * r);
+        kept.copy_from_slice(&s);
+        kept
+    });
     let mut inverse = Scratch::zeros(r * r);
     let mut null = vec![false; r];
     // Below `CHOLESKY_TOL` a pivot cannot tell null from small: then none may be that small.
@@ -151,6 +168,7 @@ fn by_cholesky<'a>(
             method: Method::Cholesky,
             // The product's terms are √(weighted/r) times as large as its entries, in the mean, and so are its errors.
             single: single && weighted <= 4.0 * r as f64 && norms.iter().all(|x| (1e-12..1e12).contains(x)),
+            gram: kept,
         });
     }
     if kappa > two || kappa.is_nan() {
@@ -181,6 +199,7 @@ fn by_cholesky<'a>(
         null,
         method: Method::CholeskyTwice,
         single: false,
+        gram: None,
     })
 }
 
@@ -198,6 +217,13 @@ impl Factor<'_> {
     pub(crate) fn polar<T: Real>(&self, cx: Context, out: MatMut<'_>) {
         let r = self.null.len();
         let mut u = Scratch::<f64>::new(r * r);
+        if let (Some(gram), Some(inverse)) = (&self.gram, &self.right)
+            && !self.null.contains(&true)
+            && root::inverse_root(cx, gram, inverse, r, &mut u)
+        {
+            gemm::<f64>(cx, 1.0, self.base(), Mat::row_major(&u, r, r), 0.0, out);
+            return;
+        }
         polar::polar_upper(cx, &self.t, &self.null, T::UNIT, &mut u);
         let (u, mut right) = (Mat::row_major(&u, r, r), Scratch::<f64>::new(r * r));
         let right = match &self.right {
@@ -229,11 +255,16 @@ impl Factor<'_> {
 
 /// `AᵀA` in double, both triangles, row-major.
 pub(crate) fn gram(cx: Context, a: Mat<'_>, s: &mut [f64]) {
+    symmetric(cx, a, a, s);
+}
+
+/// `AᵀB` in double where that is known to be symmetric, both triangles, row-major.
+fn symmetric(cx: Context, a: Mat<'_>, b: Mat<'_>, s: &mut [f64]) {
     let r = a.cols;
     let lhs = Packed::<f64>::new(cx, a.t());
     Product {
         lhs: &lhs,
-        rhs: Terms::one(a),
+        rhs: Terms::one(b),
         out: MatMut::row_major(s, r, r).t(), // (i, j) with i ≤ j of the transpose: the lower triangle
         alpha: 1.0,
         beta: 0.0,

@@ -47,6 +47,29 @@ pub(super) fn polar_upper(cx: Context, t: &[f64], null: &[bool], unit: f64, u: &
     }
 }
 
+/// One of QDWH's rounds, as a function of a singular value: `σ ← keep·σ + weight·σ/(1 + c·σ²)`.
+pub(super) struct Round {
+    pub(super) keep: f64,
+    pub(super) weight: f64,
+    pub(super) c: f64,
+    /// What becomes of the smallest one.
+    pub(super) raised: f64,
+}
+
+impl Round {
+    /// The weights that best raise singular values in [l, 1].
+    pub(super) fn raising(l: f64) -> Self {
+        let l2 = l * l;
+        let d = (4.0 * (1.0 - l2) / (l2 * l2)).cbrt();
+        let root = (1.0 + d).sqrt();
+        let a = root + 0.5 * (8.0 - 4.0 * d + 8.0 * (2.0 - l2) / (l2 * root)).max(0.0).sqrt();
+        let b = (a - 1.0).powi(2) / 4.0;
+        let c = a + b - 1.0;
+        let raised = (l * (a + b * l2) / (1.0 + c * l2)).min(1.0);
+        Round { keep: b / c, weight: a - b / c, c, raised }
+    }
+}
+
 /// `x ← polar(x)`, x r×r upper triangular and nonsingular, by
 ///
 /// ```text
@@ -69,14 +92,9 @@ fn iterate(cx: Context, x: &mut [f64], r: usize, unit: f64) {
         if 1.0 - l < unit.sqrt() / 8.0 {
             break; // the last step below squares this
         }
-        let l2 = l * l;
-        let d = (4.0 * (1.0 - l2) / (l2 * l2)).cbrt();
-        let root = (1.0 + d).sqrt();
-        let a = root + 0.5 * (8.0 - 4.0 * d + 8.0 * (2.0 - l2) / (l2 * root)).max(0.0).sqrt();
-        let b = (a - 1.0).powi(2) / 4.0;
-        let c = a + b - 1.0;
+        let Round { keep, weight, c, raised } = Round::raising(l);
         if c * 1e-16 > unit.max(1e-14) {
-            stacked_round(cx, x, r, c, (a - b / c) / c.sqrt(), &mut z);
+            stacked_round(cx, x, r, c, weight / c.sqrt(), &mut z);
         } else {
             super::gram(cx, Mat::row_major(x, r, r), &mut s);
             s.iter_mut().for_each(|v| *v *= c);
@@ -85,12 +103,12 @@ fn iterate(cx: Context, x: &mut [f64], r: usize, unit: f64) {
             let (xv, inv) = (Mat::row_major(x, r, r), Mat::row_major(&inverse, r, r));
             gemm::<f64>(cx, 1.0, xv, inv, 0.0, MatMut::row_major(&mut y, r, r));
             let out = MatMut::row_major(&mut z, r, r);
-            gemm::<f64>(cx, a - b / c, Mat::row_major(&y, r, r), inv.t(), 0.0, out);
+            gemm::<f64>(cx, weight, Mat::row_major(&y, r, r), inv.t(), 0.0, out);
         }
         for (x, z) in x.iter_mut().zip(z.iter()) {
-            *x = b / c * *x + z;
+            *x = keep * *x + z;
         }
-        l = (l * (a + b * l2) / (1.0 + c * l2)).min(1.0);
+        l = raised;
     }
     // One Newton–Schulz step squares what error is left.
     super::gram(cx, Mat::row_major(x, r, r), &mut s);
