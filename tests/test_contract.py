@@ -304,3 +304,36 @@ def test_group_betas_may_be_set_as_torch_users_do():
     o.step()
     assert (o.param_groups[0]["beta1"], o.param_groups[0]["beta2"]) == (0.5, 0.6)
     assert torch.allclose(o.state[p]["momentum"], 0.5 * p.grad)
+
+
+def _copied(p, state):
+    p.data = p.data.clone()
+
+
+def _turned(p, state):
+    p.data = p.data.T
+
+
+def _state_replaced(p, state):
+    state["momentum"] = state["momentum"].clone()
+
+
+def _state_moved(p, state):
+    state["Q"].data = state["Q"].data.clone()
+
+
+@pytest.mark.parametrize("move", [_copied, _turned, _state_replaced, _state_moved])
+def test_a_weight_or_state_that_was_moved_is_stepped_where_it_lies_now(move):
+    p = nn.Parameter(torch.randn(8, 8))
+    optimizer = orthdion.OrthDion([p], rank_fraction=0.5)
+    for _ in range(2):
+        p.grad = torch.randn(8, 8)
+        optimizer.step()
+    move(p, optimizer.state[p])
+    fresh = copy.deepcopy(optimizer)  # it has seen nothing yet
+    (q,) = fresh.param_groups[0]["params"]
+    q.grad = p.grad
+    optimizer.step()
+    fresh.step()
+    assert torch.equal(p, q)
+    assert all(torch.equal(x, fresh.state[q][key]) for key, x in optimizer.state[p].items())

@@ -16,7 +16,7 @@ from orthdion import _core
 from ..optim.elementwise import Rule
 from ..optim.step import Matrix, Options, Report, Tail
 from .reference import Job, Reference
-from .table import describe, operands
+from .table import describe, fixed_words, operands
 
 __all__ = ["Rust", "elementwise_step", "lowrank_step"]
 
@@ -35,18 +35,28 @@ def _by_precision(dtypes: Sequence[torch.dtype]) -> list[tuple[bool, list[int]]]
 def lowrank_step(matrices: Sequence[tuple[Matrix, Options]]) -> list[Report]:
     """Steps every matrix in place; see :func:`orthdion.optim.step.step`, whose results it has."""
     reports = np.zeros((len(matrices), 8))
+    hyper = {key: numbers_of(o) for key, o in {id(o): o for _, o in matrices}.items()}  # a few for many matrices
     for double, index in _by_precision([m.x.dtype for m, _ in matrices]):
-        table = np.empty((len(index), _VIEWS), dtype=np.int64)
-        numbers = np.empty((len(index), 13))
-        for row, i in enumerate(index):
+        words: list[int] = []
+        numbers: list[float] = []
+        for i in index:
             m, o = matrices[i]
-            table[row] = (*m.x.shape, m.q.shape[1], *describe(m.x), *describe(m.g), *describe(m.m), *describe(m.q))
-            numbers[row] = (*numbers_of(o), m.scale)
+            before, behind = m.words or fixed_words(m.x, m.m, m.q)
+            words += before
+            words += describe(m.g)
+            words += behind
+            numbers += hyper[id(o)]
+            numbers.append(m.scale)
+        table = np.array(words, dtype=np.int64).reshape(len(index), _VIEWS)
         out = np.zeros((len(index), 8))
-        _core.lowrank_step(table, numbers, out, double, torch.get_num_threads())
+        _core.lowrank_step(table, np.array(numbers).reshape(len(index), 13), out, double, torch.get_num_threads())
         reports[index] = out
     _bump([t for m, _ in matrices for t in (m.x, m.m, m.q)])
-    return [Report(bool(r[0]), int(r[1]), *r[2:].tolist()) for r in reports]
+    result = [Report(skipped=False)] * len(matrices)
+    for i in np.flatnonzero(reports.any(axis=1)).tolist():
+        skipped, null, *figures = reports[i].tolist()
+        result[i] = Report(bool(skipped), int(null), *figures)
+    return result
 
 
 def numbers_of(o: Options) -> tuple[float, ...]:

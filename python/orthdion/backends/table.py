@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "describe", "operands"]
+__all__ = ["DTYPES", "Words", "describe", "fixed_words", "operands"]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NUMPY = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.float16): 3}
 
 View = tuple[int, int, int, int, int, int]
+#: What stands before and behind G's view in a matrix's row of the core's table.
+Words = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def describe(t: Tensor) -> View:
@@ -23,6 +25,11 @@ def describe(t: Tensor) -> View:
     storage = t.untyped_storage()
     row, column = t.stride()
     return t.data_ptr(), DTYPES[t.dtype], row, column, storage.data_ptr(), storage.nbytes()
+
+
+def fixed_words(x: Tensor, m: Tensor, q: Tensor) -> Words:
+    """``m, n, r`` and X's view, and those of M and Q."""
+    return (*x.shape, q.shape[1], *describe(x)), (*describe(m), *describe(q))
 
 
 def _describe_array(a: np.ndarray[Any, Any]) -> View:

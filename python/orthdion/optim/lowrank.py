@@ -123,6 +123,7 @@ class LowRankOptimizer(SavedOptimizer):
         self._backend: BackendName = backend
         self._diagnose = bool(diagnostics)
         self._reports: dict[Tensor, list[Outcome]] = {}
+        self._seen: dict[Tensor, views.Seen] = {}
         self._meshes = meshes
         self._placed: dict[Tensor, Placed] = {}
         self._comm = Communicator(reduce_dtype)
@@ -223,8 +224,10 @@ class LowRankOptimizer(SavedOptimizer):
         return state, placed
 
     def _layout_of(self, p: Tensor, group: dict[str, Any]) -> Layout:
-        q = self.state[p].get("Q")
-        return self._layout(p, group, self._where(p, group), q.shape[-1] if q is not None else 0)
+        placed = self._where(p, group)
+        if placed.layout.replicas.size == 1 or group["algorithm"] != "dion":
+            return placed.layout
+        return self._layout(p, group, placed, self.state[p]["Q"].shape[-1])
 
     def _layout(self, p: Tensor, group: dict[str, Any], placed: Placed, r: int) -> Layout:
         """Where the matrices lie; over replicas, factors travel if they are smaller than the gradient (section 7)."""
@@ -272,28 +275,38 @@ class LowRankOptimizer(SavedOptimizer):
     def _advance(self, given: list[Given]) -> None:
         """Steps the parameters whose gradients are given."""
         copies = views.Copies([])
-        lowrank: dict[str, list[tuple[Tensor, Matrix, Options]]] = {}
+        lowrank: dict[str, tuple[list[Tensor], list[tuple[Matrix, Options]]]] = {}
         rest: dict[str, list[tuple[Tensor, tuple[Tensor, ...], Rule]]] = {}
-        options: dict[tuple[int, Tensor | None], Options] = {}
+        options: dict[tuple[int, torch.device | None], Options] = {}
+        rates: dict[tuple[int, torch.device], Tensor] = {}
         offset = 0
         for p, group, g, at in self._arrived(given):
             backend = choose(self._backend, p.device, p.dtype)[0]
-            hyper = self._hyper(group, p) if backend == "cupy" else None
+            hyper, device = None, p.device if backend == "cupy" else None
+            if device is not None:
+                if (id(group), device) not in rates:
+                    rates[id(group), device] = self._hyper(group, device)
+                hyper = rates[id(group), device]
             if group["algorithm"] == "dion":
-                key = (id(group), hyper)
+                key = (id(group), device)
                 if key not in options:
                     options[key] = self._options(group, hyper)
                 o, arrived = options[key], g is not None
                 g = g if g is not None else torch.zeros_like(local(p))
-                made = views.matrices(p, g, self.state[p], group, self._placed[p], at, arrived, offset, copies)
-                offset += p.numel() * p.element_size() // at.shards.size
-                lowrank.setdefault(backend, []).extend((p, matrix, o) for matrix in made)
+                state, placed = self.state[p], self._placed[p]
+                made, size = views.matrices(p, g, state, group, placed, at, arrived, offset, copies, self._seen)
+                offset += size
+                owners, jobs = lowrank.setdefault(backend, ([], []))
+                for matrix in made:
+                    owners.append(p)
+                    jobs.append((matrix, o))
             elif g is not None:
                 state = self.state[p]
                 rule = _rule(group, state, hyper)
                 rest.setdefault(backend, []).append((p, views.rows(p, g, state, copies), rule))
-        for name, jobs in lowrank.items():
-            for (p, _, _), outcome in zip(jobs, step_lowrank(name, jobs, self._comm, self._skips), strict=True):
+        for name, (owners, jobs) in lowrank.items():
+            outcomes = step_lowrank(name, owners, jobs, self._comm, self._skips)
+            for p, outcome in zip(owners, outcomes, strict=True):
                 if not (isinstance(outcome, Report) and outcome.idle):
                     self._reports.setdefault(p, []).append(outcome)
         for name, tensors in rest.items():
@@ -304,9 +317,9 @@ class LowRankOptimizer(SavedOptimizer):
                     self.state[p]["step"] += 1
         copies.write_back()
 
-    def _hyper(self, group: dict[str, Any], p: Tensor) -> Tensor:
+    def _hyper(self, group: dict[str, Any], device: torch.device) -> Tensor:
         index = next(i for i, g in enumerate(self.param_groups) if g is group)
-        return self._rates.of(index, group, p.device)
+        return self._rates.of(index, group, device)
 
     def refresh_rates(self) -> None:
         """Brings every group's ``lr`` and ``weight_decay`` to where captured steps read them: call it after the
@@ -314,9 +327,9 @@ class LowRankOptimizer(SavedOptimizer):
         needs no call.
         """
         for group in self.param_groups:
-            for p in group["params"]:
-                if choose(self._backend, p.device, p.dtype)[0] == "cupy":
-                    self._hyper(group, p)
+            places = {p.device for p in group["params"] if choose(self._backend, p.device, p.dtype)[0] == "cupy"}
+            for device in places:
+                self._hyper(group, device)
 
     def _gradients(self) -> list[Given]:
         """Every parameter's local gradient, all checked; those that no rank can miss one of are left out."""
@@ -324,13 +337,15 @@ class LowRankOptimizer(SavedOptimizer):
         for group in self.param_groups:
             unpack_betas(group)
             for p in group["params"]:
-                at = self._layout_of(p, group)
+                at, state = self._layout_of(p, group), self.state[p]
                 if p.grad is None and at.whole.size == 1:
                     continue
-                counts_there = choose(self._backend, p.device, p.dtype)[0] == "cupy"
-                for key, value in self.state[p].items():  # the model may have been moved after construction
-                    if value.device != p.device and (key != "step" or counts_there):
-                        self.state[p][key] = value.to(p.device)
+                device = p.device
+                for key, value in state.items():  # the model may have been moved after construction
+                    if value.device != device and (
+                        key != "step" or choose(self._backend, device, p.dtype)[0] == "cupy"
+                    ):
+                        state[key] = value.to(device)
                 if p.grad is not None:
                     gradients.check(p, self._name)
                 self._check_tail(p, group, at)

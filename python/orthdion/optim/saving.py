@@ -123,7 +123,15 @@ class SavedOptimizer(Optimizer):
                 "an optimizer with a replicate_mesh cannot be copied or pickled, as it belongs to a process group; "
                 "save its state_dict() and build a new one"
             )
-        fresh = {"_reports": {}, "_placed": {}, "_meshes": Meshes(), "_drifted": False, "_skipped": self._skips.read()}
+        skipped = self._skips.read()
+        fresh = {
+            "_reports": {},
+            "_seen": {},
+            "_placed": {},
+            "_meshes": Meshes(),
+            "_drifted": False,
+            "_skipped": skipped,
+        }
         state: dict[str, Any] = super().__getstate__()
         return {**state, **{k: self.__dict__[k] for k in self._kept}, **fresh, "_comm": self._comm.fresh()}
 

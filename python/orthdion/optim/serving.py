@@ -18,31 +18,32 @@ __all__ = ["step_elementwise", "step_lowrank"]
 
 
 def step_lowrank(
-    backend: str, jobs: list[tuple[Tensor, Matrix, Options]], comm: Communicator, skips: Skips
+    backend: str, owners: list[Tensor], jobs: list[tuple[Matrix, Options]], comm: Communicator, skips: Skips
 ) -> Sequence[Outcome]:
-    """Steps (parameter, matrix, options): one rank's own matrices in one call, the others together with their ranks."""
-    matrices = [(m, o) for _, m, o in jobs]
+    """Steps the matrices of parameters (``owners``): one rank's own in one call, the others together with their
+    ranks.
+    """
     if backend == "reference":
-        return step(matrices, Reference(), comm)
-    far = [i for i, (m, _) in enumerate(matrices) if not m.layout.trivial]
-    near = [i for i, (m, _) in enumerate(matrices) if m.layout.trivial]
-    outcomes: dict[int, Outcome] = {}
-    apart: Reference
+        return step(jobs, Reference(), comm)
+    far = [i for i, (m, _) in enumerate(jobs) if not m.layout.trivial]
+    near = [i for i, (m, _) in enumerate(jobs) if m.layout.trivial] if far else range(len(jobs))
+    alone = [jobs[i] for i in near] if far else jobs
+    done: Sequence[Outcome]
     if backend == "cupy":
         from ..backends import cupy
 
-        slots = [skips.slot(jobs[i][0]) for i in near]
-        outcomes |= zip(near, cupy.lowrank_step([matrices[i] for i in near], slots), strict=True)
-        apart = cupy.Cupy()
+        done, apart = cupy.lowrank_step(alone, [skips.slot(owners[i]) for i in near]), cupy.Cupy
     else:
         from ..backends import rust
 
-        outcomes |= zip(near, rust.lowrank_step([matrices[i] for i in near]), strict=True)
-        apart = rust.Rust()
-    outcomes |= zip(far, step([matrices[i] for i in far], apart, comm), strict=True)
+        done, apart = rust.lowrank_step(alone), rust.Rust
+    if not far:
+        return done
+    outcomes: dict[int, Outcome] = dict(zip(near, done, strict=True))
+    outcomes |= zip(far, step([jobs[i] for i in far], apart(), comm), strict=True)
     for i in far:
         if isinstance(deferred := outcomes[i], Deferred):
-            skips.slot(jobs[i][0]).logical_or_(deferred.skipped)
+            skips.slot(owners[i]).logical_or_(deferred.skipped)
     return [outcomes[i] for i in range(len(jobs))]
 
 

@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..backends.reference import Job, Reference
+from ..backends.table import Words
 from ..sharding import Body, Communicator, Factorize, Group, Layout, Reduce
 from .tall import Tall
 
@@ -59,13 +60,13 @@ class Options:
     hyper: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Matrix:
+class Matrix(NamedTuple):
     """One matrix and its state: local views X, G, M (m, n) and Q (n, r); ``scale`` multiplies η.
 
     ``shape`` is the whole matrix's, ``layout`` the groups its parts lie on. ``arrived`` is False if this rank has no
     gradient, so that G is zero here; where no rank has one the matrix is left alone. ``offset``: how many bytes of
-    other parameters come before this one's, counted alike on every rank.
+    other parameters come before this one's, counted alike on every rank. ``words``: what the Rust core is told of X, M
+    and Q (:func:`orthdion.backends.table.fixed_words`), where somebody has it already.
     """
 
     x: Tensor
@@ -74,13 +75,13 @@ class Matrix:
     q: Tensor
     scale: float
     shape: tuple[int, int]
-    layout: Layout = field(default_factory=Layout)
+    layout: Layout = Layout()
     arrived: bool = True
     offset: int = 0
+    words: Words | None = None
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What happened to a matrix; the figures after ``null`` only if diagnostics are on.
 
     ``b_energy`` and ``r_energy`` are ‖B‖² (its mean over replicas) and ‖R‖², ``nu`` is ‖V‖₂, ``descent`` ⟨B, P Vᵀ⟩,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
@@ -19,7 +20,7 @@ class Group:
     index: int = 0
     handle: Any = None
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many ranks."""
         return len(self.ranks)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Layout:
     whole: Group = ALONE
     compressed: bool = False
 
-    @property
+    @cached_property
     def trivial(self) -> bool:
         """Whether a rank can step alone, once gradients are averaged."""
         return self.shards.size == 1 and not self.compressed
