@@ -1,9 +1,10 @@
 //! Orthonormal factors of tall matrices.
 //!
 //! It runs in double precision, whatever the input is stored in (only a benign last product in the input's own): a
-//! product of two singles is exact in double, so one Cholesky QR of a float32 matrix with condition κ leaves an orthogonality error of about κ²·2⁻⁵³, below
-//! float32's own roundoff up to κ ≈ 10⁴, for the price of two products. [`factor`] estimates κ from the triangular
-//! factor it has anyway and takes a second pass, or Householder reflections, where one does not suffice.
+//! product of two singles is exact in double, so one Cholesky QR of a float32 matrix with condition κ leaves an
+//! orthogonality error of about κ²·2⁻⁵³, below float32's own roundoff up to κ ≈ 10⁴, for the price of two products.
+//! [`factor`] estimates κ from the triangular factor it has anyway and takes a second pass, or Householder reflections,
+//! where one does not suffice.
 //!
 //! A direction that the input does not determine is *null* (docs/algorithms.md, section 2): its column of the orthonormal factor is
 //! zero and its row of the triangular one too. The rule: `|T_jj| ≤ tol · max_i ‖a_i‖`.

@@ -29,6 +29,7 @@ def step_lowrank(
     near = [i for i, (m, _) in enumerate(jobs) if m.layout.trivial] if far else range(len(jobs))
     alone = [jobs[i] for i in near] if far else jobs
     done: Sequence[Outcome]
+    apart: type[Reference]
     if backend == "cupy":
         from ..backends import cupy
 
