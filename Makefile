@@ -1,11 +1,11 @@
-# make demo · make test · make bench · make bench-rust · make lint · make wheel. Each sets up what it needs in .venv.
+# make demo · make test · make bench · make bench-rust · make gpu-check · make lint · make wheel. Each sets up what it needs in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find rust -name '*.rs') Cargo.toml pyproject.toml
 
-.PHONY: demo test lint bench bench-rust wheel clean setup
+.PHONY: demo test lint bench bench-rust gpu-check wheel clean setup
 
 demo: $(VENV)/built
 	$(BIN)/orthdion compare --preset demo --out runs/demo
@@ -28,6 +28,10 @@ bench: $(VENV)/built
 # The Rust core against the crates gemm and faer; compiling those takes minutes.
 bench-rust:
 	cargo bench --manifest-path benches/micro/Cargo.toml
+
+# On a machine with a GPU: needs $(PYTHON) with torch and cupy, neither Rust nor a virtual environment; under eight minutes.
+gpu-check:
+	PYTHONPATH=python $(PYTHON) -m benches.gpu
 
 wheel: $(VENV)/tools
 	$(BIN)/maturin build --release --locked --out dist

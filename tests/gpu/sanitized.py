@@ -1,4 +1,6 @@
-"""Whole steps with the kernels under the address sanitizer; run by test_kernels.py, with the sanitizer preloaded."""
+"""Whole steps with the kernels under the address sanitizer; run by test_device_kernels.py, with the sanitizer
+preloaded.
+"""
 
 import sys
 from pathlib import Path

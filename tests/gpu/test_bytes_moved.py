@@ -77,3 +77,40 @@ def test_nothing_of_the_matrixs_size_is_allocated(shim, monkeypatch):
         launches(shim, shape, tail=tail)
     # The largest are a factor of rank 64 in single precision, and panels of a third of the cache.
     assert largest <= max(4 * 1024 * 64, 4 * 128 * 512 * 4)
+
+
+def test_gpu_check_runs_from_end_to_end_and_names_what_it_did_not(shim, tmp_path, capsys):
+    import json
+
+    from benches.gpu.__main__ import main
+
+    arguments = ["--device", "cpu", "--models", "tiny", "--fractions", "1", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert [c["holds"] for c in result["checks"]] == [True] * 5 + [None] * 2
+    assert {r["candidate"] for r in result["steps"]} >= {
+        "OrthDion qr",
+        "OrthDion normalized tail",
+        "torch.optim.AdamW fused",
+    }
+    assert {k["kernel"] for k in result["kernels"]} >= {"form", "apply", "multiply", "elementwise"}
+    page = (tmp_path / "gpu.md").read_text()
+    assert "| equals the reference | holds |" in page and "First step" in page
+    with pytest.raises(SystemExit):
+        main(["--models", "llama-9"])
+    assert "--models llama-9: known are" in capsys.readouterr().err
+
+
+def test_gpu_check_needs_no_rust_core():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['orthdion._core'] = None\n"
+        "import benches.gpu.__main__, orthdion, torch\n"
+        "p = torch.nn.Parameter(torch.randn(8, 6)); p.grad = torch.randn(8, 6)\n"
+        "o = orthdion.OrthDion([p]); o.step(); print(repr(o).splitlines()[-1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("backend reference: the Rust core is not built")

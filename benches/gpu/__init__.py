@@ -1,0 +1,1 @@
+"""``make gpu-check``: verifies the CUDA backend on a device and measures it, with nothing but torch and CuPy."""
