@@ -128,7 +128,7 @@ def test_fields_of_packed_records_half_arrays_and_no_columns():
     [
         (lambda: linalg.qr(torch.zeros(3, 5)), ValueError, "transpose"),
         (lambda: linalg.qr(torch.zeros(5)), ValueError, "two axes"),
-        (lambda: linalg.qr([[1.0]]), TypeError, "NumPy array or a torch tensor"),
+        (lambda: linalg.qr([[1.0]]), TypeError, "NumPy or CuPy array or a torch tensor"),
         (lambda: linalg.qr(torch.zeros(5, 3, dtype=torch.int64)), TypeError, "int64"),
         (lambda: linalg.qr(torch.zeros(5, 3), tol=-1), ValueError, "tol"),
         (lambda: linalg.qr(torch.full((5, 3), float("nan"))), ValueError, "NaN"),
@@ -154,3 +154,30 @@ def test_every_instruction_set_reaches_the_ratios(level):
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "ORTHDION_ISA": level}, check=True, cwd=root)
+
+
+def test_cupy_arrays_change_hands_and_come_back(monkeypatch):
+    """Through DLPack alone; CuPy's place is taken by a module of its name, as its arrays need a device."""
+    import sys
+    import types
+
+    class NdArray:
+        def __init__(self, t):
+            self.t = t
+
+        def __dlpack__(self, **kwargs):
+            return self.t.__dlpack__(**kwargs)
+
+        def __dlpack_device__(self):
+            return self.t.__dlpack_device__()
+
+    NdArray.__module__ = "cupy"
+    cupy = types.ModuleType("cupy")
+    cupy.from_dlpack = NdArray
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    a, q = randn(20, 6), randn(6, 3, seed=1)
+    v, t = linalg.qr(NdArray(a))
+    assert all(torch.equal(x.t, y) for x, y in zip((v, t), linalg.qr(a), strict=True))
+    assert torch.equal(linalg.polar(a=NdArray(a), tol=1e-6).t, linalg.polar(a, tol=1e-6))
+    ours = linalg.power_iteration(NdArray(a), NdArray(q))
+    assert all(torch.equal(x.t, y) for x, y in zip(ours, linalg.power_iteration(a, q), strict=True))

@@ -1,6 +1,6 @@
-"""The library's factorisations on NumPy arrays and torch tensors: same signature, same results.
+"""The library's factorisations on NumPy and CuPy arrays and torch tensors: same signature, same results.
 
-CPU data goes to the Rust core without a copy; tensors on other devices are served by the reference backend. Leading
+CPU data goes to the Rust core without a copy; what is on other devices is served by the reference backend. Leading
 axes are batches. Accuracy, for any conditioning: ``‖VᵀV − I‖`` and ``‖A − V T‖/‖A‖`` at most 30·√r·u on the
 directions that are not null, u the roundoff of the input's precision (2⁻²⁴ for bfloat16 and float16 too, before their
 result is rounded).
@@ -9,6 +9,8 @@ result is rounded).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -22,10 +24,32 @@ from .backends.reference import unit_roundoff
 __all__ = ["polar", "power_iteration", "qr"]
 
 Array = TypeVar("Array", Tensor, NDArray[Any])
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _of_cupy_too(f: F) -> F:
+    """Has a function of torch tensors serve CuPy arrays, which change hands without a copy."""
+
+    @wraps(f)
+    def either(*arrays: Any, **rest: Any) -> Any:
+        first = next(iter((*arrays, *rest.values())), None)
+        if type(first).__module__.partition(".")[0] != "cupy":
+            return f(*arrays, **rest)
+        back = cast(Any, import_module(type(first).__module__.partition(".")[0])).from_dlpack
+
+        def here(a: Any) -> Any:
+            return torch.utils.dlpack.from_dlpack(a) if type(a) is type(first) else a
+
+        result = f(*map(here, arrays), **{k: here(a) for k, a in rest.items()})
+        return tuple(map(back, result)) if isinstance(result, tuple) else back(result)
+
+    return cast(F, either)
+
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
+@_of_cupy_too
 def qr(a: Array, tol: float | None = None) -> tuple[Array, Array]:
     """Thin QR ``A = V T`` with diag(T) ≥ 0.
 
@@ -59,6 +83,7 @@ def qr(a: Array, tol: float | None = None) -> tuple[Array, Array]:
     return v, t
 
 
+@_of_cupy_too
 def polar(a: Array, tol: float | None = None) -> Array:
     """Polar factor ``A (AᵀA)^(−1/2)``: the closest matrix with orthonormal columns; null directions contribute nothing.
 
@@ -87,6 +112,7 @@ def polar(a: Array, tol: float | None = None) -> Array:
     return cast(Array, v)
 
 
+@_of_cupy_too
 def power_iteration(a: Array, q: Array, tol: float | None = None) -> tuple[Array, Array]:
     """One power iteration: ``P = orth(A Q)``, ``R = Aᵀ P``, so that P Rᵀ is close to A's best rank-r approximation.
 
@@ -125,7 +151,7 @@ def power_iteration(a: Array, q: Array, tol: float | None = None) -> tuple[Array
 
 def _check(name: str, a: Any) -> None:
     if not isinstance(a, (Tensor, np.ndarray)):
-        raise TypeError(f"{name} must be a NumPy array or a torch tensor, not {type(a).__name__}")
+        raise TypeError(f"{name} must be a NumPy or CuPy array or a torch tensor, not {type(a).__name__}")
     if str(a.dtype).removeprefix("torch.") not in _DTYPES:
         raise TypeError(f"{name} has dtype {a.dtype}; convert it to one of {', '.join(_DTYPES)}")
     if a.ndim < 2:

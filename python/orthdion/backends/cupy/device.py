@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .source import OPTIONS, kernels, text
+from .source import FILES, OPTIONS, kernels, text
 
 __all__ = ["Device", "device_for", "register", "unavailable"]
 
@@ -91,13 +92,17 @@ class CupyDevice(Device):
             yield
 
     def _function(self, name: str) -> Any:
-        if name not in self._functions:
-            file = kernels()[name].file
-            module = self._cupy.RawModule(code=text(file), options=OPTIONS)
-            for other in kernels().values():
-                if other.file == file:
-                    self._functions[other.name] = module.get_function(other.name)
+        if not self._functions:
+            # All at once and side by side: the first step then waits for the largest file only, and later ones never.
+            with ThreadPoolExecutor(len(FILES)) as pool:
+                for part in pool.map(self._compiled, FILES):
+                    self._functions |= part
         return self._functions[name]
+
+    def _compiled(self, file: str) -> dict[str, Any]:
+        with self._device:
+            module = self._cupy.RawModule(code=text(file), options=OPTIONS)
+            return {k.name: module.get_function(k.name) for k in kernels().values() if k.file == file}
 
     def _launch(self, kernel: str, grid: tuple[int, ...], threads: int, arguments: list[Any]) -> None:
         self._function(kernel)(grid, (threads,), tuple(arguments))
