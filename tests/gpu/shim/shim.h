@@ -24,7 +24,7 @@
 #define __device__
 // Shared memory has a section of its own, so that every block can find it full of NaN.
 #define __shared__ static __attribute__((section("shim_shared")))
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define DEVICE inline
 #define COUNT_LOAD(bytes) (shim::loaded += (bytes))
 #define COUNT_STORE(bytes) (shim::stored += (bytes))

@@ -67,6 +67,16 @@ def _convert(c_type: str, argument: Any) -> Any:
     return np.frombuffer(argument, dtype=f"V{len(argument)}")
 
 
+class _Stream:
+    """A stream by its address, in CUDA's stream protocol."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
+
+
 class CupyDevice(Device):
     """A CUDA device: kernels by NVRTC through CuPy (which caches them on disk), products by cuBLAS."""
 
@@ -86,10 +96,16 @@ class CupyDevice(Device):
     @contextmanager
     def active(self) -> Iterator[None]:
         """While it lasts, launches go to torch's current stream of this device."""
-        stream = torch.cuda.current_stream(self._index).cuda_stream
-        with self._device, self._cupy.cuda.ExternalStream(stream, self._index):
+        with self._device, self._stream(torch.cuda.current_stream(self._index).cuda_stream):
             self._handle = self._cupy.cuda.device.get_cublas_handle()
             yield
+
+    def _stream(self, address: int) -> Any:
+        """A stream of torch as CuPy's."""
+        kind = self._cupy.cuda.Stream
+        if hasattr(kind, "from_external"):  # from CuPy 14 on, which warns of the other way
+            return kind.from_external(_Stream(address))
+        return self._cupy.cuda.ExternalStream(address, self._index)
 
     def _function(self, name: str) -> Any:
         if not self._functions:

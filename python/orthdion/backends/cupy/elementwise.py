@@ -76,9 +76,10 @@ def _launch(device: Device, tensors: list[tuple[tuple[Tensor, ...], Rule]], slot
     )
     flags = torch.zeros(len(tensors), dtype=torch.int32, device=first[0].device)
     device.launch("find_bad", (chunks[-1],), 256, packed, shared, flags)
-    device.launch("elementwise", (chunks[-1],), 256, packed, shared, flags)
+    corrections = torch.empty(len(tensors), 2, dtype=torch.float64, device=flags.device)
     if not lion:
-        device.launch("advance", (1,), 64, packed, flags)
+        device.launch("advance", (1,), 64, packed, shared, flags, corrections)
+    device.launch("elementwise", (chunks[-1],), 256, packed, shared, flags, corrections)
     note(device, flags, 1, slots)
     for t, dense in copied:
         t.copy_(dense)

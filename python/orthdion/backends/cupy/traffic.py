@@ -155,7 +155,7 @@ def _elementwise(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     entries, _ = _tensors(a[0])
     lion, x, g, m = struct.unpack("=q4d4q", a[1])[5:]
     states = _SIZES[m] * (1 if lion else 2)
-    own = 256 * grid[0] * (4 + 16) + (0 if lion else 4 * grid[0])
+    own = 256 * grid[0] * (4 + 16 + (0 if lion else 16))
     loads, stores = entries * (_SIZES[x] + _SIZES[g] + states), entries * (_SIZES[x] + states)
     return Traffic(matrix_loads=loads, matrix_stores=stores, loads=own, exact=False)
 

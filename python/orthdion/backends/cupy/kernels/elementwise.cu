@@ -44,24 +44,30 @@ extern "C" __global__ void __launch_bounds__(256) find_bad(Tensors t, Rule rule,
   if (threadIdx.x % 32 == 0 && top >= 0x7f800000u) atomicOr(flags + i, 1);
 }
 
+// Counts a step of every tensor that is not skipped, and takes the powers that it needs: corrections[tensor] = 1 − β₁ᵗ and
+// √(1 − β₂ᵗ). One thread a tensor.
+extern "C" __global__ void advance(Tensors t, Rule rule, const int* flags, double* corrections) {
+  int i = threadIdx.x;
+  if (i >= t.count || fetch(flags + i)) return;
+  float* steps = (float*)t.steps[i];
+  double now = 1.0 + fetch(steps);
+  put(steps, (float)now);
+  put(corrections + 2 * i, -expm1(now * log(rule.beta1)));
+  put(corrections + 2 * i + 1, sqrt(-expm1(now * log(rule.beta2))));
+}
+
 // AdamW:  m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  x ← (1−ηλ)x − η/c₁·m/(√(v/c₂) + ε),  c = 1 − βᵗ
 // Lion:   x ← (1−ηλ)x − η·sign(β₁m + (1−β₁)g),  m ← β₂m + (1−β₂)g
 // Traffic: reads X, G, M (and V), writes X, M (and V).
-extern "C" __global__ void __launch_bounds__(256) elementwise(Tensors t, Rule rule, const int* flags) {
+extern "C" __global__ void __launch_bounds__(256) elementwise(
+    Tensors t, Rule rule, const int* flags, const double* corrections) {
   int i = tensor_of(t);
   if (fetch(flags + i)) return;
-  __shared__ double corrections[2];  // powers cost more than an entry's whole update: one thread takes them
   double lr = fetch((const double*)rule.hyper), decay = fetch((const double*)rule.hyper + 1);
-  if (threadIdx.x == 0 && !rule.lion) {
-    double steps = 1.0 + fetch((const float*)t.steps[i]);
-    corrections[0] = -expm1(steps * log(rule.beta1));  // 1 − βᵗ
-    corrections[1] = sqrt(-expm1(steps * log(rule.beta2)));
-  }
-  __syncthreads();
   float correct1 = 0.0f, correct2 = 0.0f;
   if (!rule.lion) {
-    correct1 = (float)(lr / corrections[0]);
-    correct2 = (float)corrections[1];
+    correct1 = (float)(lr / fetch(corrections + 2 * i));
+    correct2 = (float)fetch(corrections + 2 * i + 1);
   }
   float keep = (float)(1.0 - lr * decay), b1 = (float)rule.beta1, b2 = (float)rule.beta2;
   float c1 = (float)(1.0 - rule.beta1), c2 = (float)(1.0 - rule.beta2), sign = (float)rule.sign;
@@ -89,12 +95,4 @@ extern "C" __global__ void __launch_bounds__(256) elementwise(Tensors t, Rule ru
     put4(t.m[i], at, n, (int)rule.type_m, m);
     if (!rule.lion) put4(t.v[i], at, n, (int)rule.type_m, v);
   }
-}
-
-// Counts a step of every tensor that was not skipped. One thread a tensor.
-extern "C" __global__ void advance(Tensors t, const int* flags) {
-  int i = threadIdx.x;
-  if (i >= t.count || fetch(flags + i)) return;
-  float* steps = (float*)t.steps[i];
-  put(steps, fetch(steps) + 1.0f);
 }

@@ -141,7 +141,7 @@ DEVICE bool takes_part(const Product& p, i64& k, i64& pair, i64& split, u64& out
   return (flags & p.mask) == p.want && !(p.shape & (SYMMETRIC | UPPER_C) && blockIdx.y > blockIdx.x);
 }
 
-extern "C" __global__ void __launch_bounds__(256) multiply(Product p) {
+extern "C" __global__ void __launch_bounds__(256, 2) multiply(Product p) {
   i64 k, pair, split;
   u64 out;
   if (takes_part(p, k, pair, split, out)) product_tile(p, Plain(p, k, pair), p.a.row == 1, k, pair, split, out);
