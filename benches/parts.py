@@ -123,12 +123,29 @@ FORMS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def _peers(shapes: list[tuple[int, int]], r: int, width: int) -> tuple[dict[str, Callable[[], object]], list[str]]:
+def _muon(machine: Machine, shapes: list[tuple[int, int]]) -> tuple[Callable[[], object] | None, str]:
+    """A step of torch's Muon, unless it would take all of the suite's time; then why not. Its products are bfloat16."""
+    if not hasattr(torch.optim, "Muon"):
+        return None, f"torch Muon: torch {torch.__version__} has none"
+    small = [(max(s), min(s)) for s in shapes]
+    seconds = sum(5 * (4 * m * n * n + 2 * n**3) for m, n in small) / machine.bfloat16 / 1e9
+    if seconds > 2.0:
+        return (
+            None,
+            f"torch Muon: its bfloat16 products run at {machine.bfloat16:.1f} GF/s here, {seconds:.0f} s a step",
+        )
+    return torch.optim.Muon(_parameters(shapes)).step, ""
+
+
+def _peers(
+    machine: Machine, shapes: list[tuple[int, int]], r: int, width: int
+) -> tuple[dict[str, Callable[[], object]], list[str]]:
     """Other people's optimizers, where they can be had; and what could not."""
     peers: dict[str, Callable[[], object]] = {"torch AdamW": torch.optim.AdamW(_parameters(shapes)).step}
-    missing = []
-    if hasattr(torch.optim, "Muon"):
-        peers["torch Muon"] = torch.optim.Muon(_parameters(shapes)).step
+    muon, why = _muon(machine, shapes)
+    missing = [why] if muon is None else []
+    if muon is not None:
+        peers["torch Muon"] = muon
     reference = orthdion.OrthDion(_parameters(shapes), rank_fraction=r / width, backend="reference")
     peers["orthdion reference"] = reference.step
     try:
@@ -142,7 +159,7 @@ def _peers(shapes: list[tuple[int, int]], r: int, width: int) -> tuple[dict[str,
             "microsoft Dion2": lambda: Dion2(_parameters(shapes), lr=0.01).step,
         }
     except ImportError:
-        return peers, ["microsoft/dion is not importable"]
+        return peers, [*missing, "microsoft/dion is not importable"]
     for name, make in made.items():
         try:
             step = make()
@@ -161,12 +178,12 @@ def step(machine: Machine, seconds: float) -> Iterator[Row]:
     for fraction in (1 / 16, 1 / 8, 1 / 4):
         r = round(768 * fraction)
         candidates: dict[str, Callable[[], object]] = {}
-        floors = {}
+        floors: dict[str, float] = {}
         for name, (options, flops) in FORMS.items():
             candidates[name] = orthdion.OrthDion(_parameters(shapes), rank_fraction=fraction, **options).step
             rate = machine.bfloat16 if "bfloat16" in name else None
             floors[name] = sum(machine.floor(*s, r, flops, rate) for s in shapes)
-        peers, missing = _peers(shapes, r, 768)
+        peers, missing = _peers(machine, shapes, r, 768)
         candidates["AdamW (orthdion)"] = orthdion.Dion([{"params": _parameters(shapes), "algorithm": "adamw"}]).step
         # AdamW reads X, G, M, V and writes three of them: 28 bytes an entry.
         traffic = 28 * sum(m * n for m, n in shapes) / machine.copy / 1e6
@@ -201,15 +218,17 @@ def small(machine: Machine, seconds: float) -> Iterator[Row]:
 
 
 def scaling(machine: Machine, seconds: float) -> Iterator[Row]:
-    """In rank, from 8 to full, and in parameters, against torch's Muon."""
-    muon = {"torch Muon": torch.optim.Muon} if hasattr(torch.optim, "Muon") else {}
+    """In rank, from 8 to full, and in parameters, against torch's Muon where that can be waited for."""
     for width, r in [(768, 8), (768, 32), (768, 128), (768, 384), (768, 768), (256, 64), (512, 128), (1536, 384)]:
         shapes = _block(width)
-        candidates = {"orth-dion": orthdion.OrthDion(_parameters(shapes), rank_fraction=r / width).step}
-        candidates |= {name: kind(_parameters(shapes)).step for name, kind in muon.items()}
+        ours = orthdion.OrthDion(_parameters(shapes), rank_fraction=r / width)
+        candidates: dict[str, Callable[[], object]] = {"orth-dion": ours.step}
+        muon, _ = _muon(machine, shapes)
+        if muon is not None:
+            candidates["torch Muon"] = muon
         samples = alternate(candidates, seconds, least=3)
         floors = {"orth-dion": sum(machine.floor(*s, r) for s in shapes)}
-        peer = "torch Muon" if muon else "orth-dion"
+        peer = "torch Muon" if muon is not None else "orth-dion"
         yield from rows_of("scaling", f"GPT block {width}, r = {r}", samples, peer, floors)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ class Candidate:
     passes: float = 0.0
     products: float = 0.0
     ours: bool = False
+    #: Whether its time depends on the rank.
+    ranked: bool = False
 
     def floor(self, model: Model, fraction: float, rates: dict[str, float], kind: str) -> float | None:
         """Milliseconds: bytes over the copy rate, or flops over the products' and the double-precision rate, if longer.
@@ -80,15 +83,19 @@ def _ours(**options: Any) -> Callable[[list[nn.Parameter]], Any]:
     return build
 
 
+def _theirs(kind: Any, keywords: dict[str, Any], params: list[nn.Parameter]) -> Any:
+    return kind(params, lr=0.01, **keywords)
+
+
 def candidates(fraction: float, compute: str | None) -> tuple[list[Candidate], list[str]]:
     """Ours and the peers that can be imported; and which could not, with the reason."""
     shared: dict[str, Any] = {"rank_fraction": fraction, "compute_dtype": compute}
     found = [
-        Candidate("OrthDion qr", _ours(right_factor="qr", **shared), 5.0, 8.0, True),
-        Candidate("OrthDion polar", _ours(right_factor="polar", **shared), 5.0, 8.0, True),
-        Candidate("OrthDion column", _ours(right_factor="column", feedback="dion", **shared), 5.0, 8.0, True),
-        Candidate("OrthDion linear tail", _ours(tail="linear", **shared), 5.0, 6.0, True),
-        Candidate("OrthDion normalized tail", _ours(tail="normalized", **shared), 5.0, 12.0, True),
+        Candidate("OrthDion qr", _ours(right_factor="qr", **shared), 5.0, 8.0, True, True),
+        Candidate("OrthDion polar", _ours(right_factor="polar", **shared), 5.0, 8.0, True, True),
+        Candidate("OrthDion column", _ours(right_factor="column", feedback="dion", **shared), 5.0, 8.0, True, True),
+        Candidate("OrthDion linear tail", _ours(tail="linear", **shared), 5.0, 6.0, True, True),
+        Candidate("OrthDion normalized tail", _ours(tail="normalized", **shared), 5.0, 12.0, True, True),
     ]
     missing = []
     try:
@@ -103,7 +110,8 @@ def candidates(fraction: float, compute: str | None) -> tuple[list[Candidate], l
         ):
             if hasattr(dion, name):
                 kind = getattr(dion, name)
-                found.append(Candidate(f"microsoft/dion {name}", lambda p, k=kind, kw=keywords: k(p, lr=0.01, **kw)))
+                build = partial(_theirs, kind, keywords)
+                found.append(Candidate(f"microsoft/dion {name}", build, ranked=name == "Dion"))
             else:
                 missing.append(f"microsoft/dion {name}: not in the version that is installed")
     if hasattr(torch.optim, "Muon"):

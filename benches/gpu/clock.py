@@ -52,8 +52,10 @@ class Clock:
         self.wait()
         return begin.elapsed_time(end), host
 
-    def time(self, f: Callable[[], object], seconds: float, least: int = 5, most: int = 200) -> Timing:
-        """Repeats a call for about so long. The first call, with all that it compiles, is timed on its own."""
+    def time(self, f: Callable[[], object], seconds: float, least: int = 3, most: int = 200) -> Timing:
+        """Repeats a call for about so long, at least three times. The first call, with all that it compiles, is timed
+        on its own.
+        """
         start = time.perf_counter()
         f()
         self.wait()

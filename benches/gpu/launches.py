@@ -53,21 +53,15 @@ class _Watch:
         del self._device.launch
 
 
-def kernels(clock: Clock, model: Model, copy: float) -> list[dict[str, Any]]:
+def kernels(clock: Clock, model: Model, copy: float, compute: str) -> list[dict[str, Any]]:
     """Milliseconds a step of each kernel (each launch waited for), its declared bytes over them, and the share of the
     copy rate. Loads of ``multiply`` come mostly from the cache.
     """
     params = [nn.Parameter(torch.randn(s, device=clock.device, dtype=torch.bfloat16)) for s in model.layer]
     vector = nn.Parameter(torch.randn(1 << 14, device=clock.device, dtype=torch.bfloat16))
     groups = [{"params": params}, {"params": [vector], "algorithm": "adamw"}]
-    o = orthdion.OrthDion(
-        groups,
-        rank_fraction=0.125,
-        tail="normalized",
-        momentum_dtype=torch.float32,
-        q_dtype=torch.float32,
-        backend="cupy",
-    )
+    shared = {"momentum_dtype": torch.float32, "q_dtype": torch.float32, "compute_dtype": compute}
+    o = orthdion.OrthDion(groups, rank_fraction=0.125, tail="normalized", backend="cupy", **shared)  # type: ignore[arg-type]
     for p in (*params, vector):
         p.grad = torch.randn_like(p)
     o.step()

@@ -311,7 +311,7 @@ def a_nan_on_one_rank(backend: str) -> tuple[bool, int, bool]:
         params = [
             torch.nn.Parameter(sharded(randn(13, 7, seed=i, dtype=torch.float32), where, (Shard(0),))) for i in range(2)
         ]
-        o = orthdion.OrthDion(params, backend=backend)
+        o = orthdion.OrthDion(params, backend=backend, diagnostics=True)
         for k in range(3):
             before = [t.clone() for p in params for t in (full(p), *map(full, o.state[p].values()))]
             for i, p in enumerate(params):

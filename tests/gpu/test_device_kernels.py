@@ -88,7 +88,7 @@ def test_products_of_triangles_and_symmetric_ones_skip_nothing_that_counts(n):
 
 
 def test_long_sums_are_taken_in_parts_and_only_where_asked():
-    device, a = ShimDevice(multiprocessors=64, seed=3), batch(3, 3000, 20)
+    device, a = ShimDevice(seed=3), batch(3, 3000, 20)
     flags = torch.tensor([DIRECT, 0, DIRECT], dtype=torch.int32)
     out = torch.full((3, 20, 20), 7.0, dtype=torch.float64)
     device.logging = True

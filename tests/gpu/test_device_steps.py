@@ -90,7 +90,7 @@ def test_shapes_and_ranks(m, n, fraction, tail, right_factor, maximize, cache, s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("states", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("states", [None, torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tail", TAILS)
 def test_formats_of_weights_and_states(shim, dtype, states, tail):
     options = {"momentum_dtype": states, "q_dtype": states, "tail": tail}

@@ -19,10 +19,13 @@ class Deferred:
 
     skipped: Tensor
     nulls: Tensor
+    #: Diagnostics, if they were asked for; those have waited already.
+    figures: Report | None = None
 
     def report(self) -> Report:
         """Waits for the device."""
         from ..optim.step import Report
 
-        skipped = bool(self.skipped)
-        return Report(skipped, 0 if skipped else int(self.nulls))
+        if bool(self.skipped):
+            return Report(True)
+        return self.figures or Report(False, int(self.nulls))

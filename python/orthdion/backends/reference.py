@@ -232,11 +232,11 @@ class Job:
             self.rescale(math.ldexp(1.0, -math.floor(math.log2(top))))
         return None
 
-    def report(self, null: Tensor) -> Outcome:
-        """What will have happened, given R's null directions."""
+    def report(self, null: Tensor, figures: Report | None) -> Outcome:
+        """What will have happened, given R's null directions, and diagnostics if they were asked for."""
         from ..optim.step import Report
 
-        return Report(False, int(null.sum()))
+        return figures or Report(False, int(null.sum()))
 
     def rescale(self, size: float) -> None:
         """Multiplies B by a power of two."""

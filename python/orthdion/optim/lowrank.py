@@ -275,8 +275,8 @@ class LowRankOptimizer(SavedOptimizer):
     def _advance(self, given: list[Given]) -> None:
         """Steps the parameters whose gradients are given."""
         copies = views.Copies([])
-        lowrank: dict[str, tuple[list[Tensor], list[tuple[Matrix, Options]]]] = {}
-        rest: dict[str, list[tuple[Tensor, tuple[Tensor, ...], Rule]]] = {}
+        lowrank: dict[tuple[str, Any], tuple[list[Tensor], list[tuple[Matrix, Options]]]] = {}
+        rest: dict[tuple[str, Any], list[tuple[Tensor, tuple[Tensor, ...], Rule]]] = {}
         options: dict[tuple[int, torch.device | None], Options] = {}
         rates: dict[tuple[int, torch.device], Tensor] = {}
         offset = 0
@@ -296,20 +296,20 @@ class LowRankOptimizer(SavedOptimizer):
                 state, placed = self.state[p], self._placed[p]
                 made, size = views.matrices(p, g, state, group, placed, at, arrived, offset, copies, self._seen)
                 offset += size
-                owners, jobs = lowrank.setdefault(backend, ([], []))
+                owners, jobs = lowrank.setdefault((backend, device), ([], []))
                 for matrix in made:
                     owners.append(p)
                     jobs.append((matrix, o))
             elif g is not None:
                 state = self.state[p]
                 rule = _rule(group, state, hyper)
-                rest.setdefault(backend, []).append((p, views.rows(p, g, state, copies), rule))
-        for name, (owners, jobs) in lowrank.items():
+                rest.setdefault((backend, device), []).append((p, views.rows(p, g, state, copies), rule))
+        for (name, _), (owners, jobs) in lowrank.items():
             outcomes = step_lowrank(name, owners, jobs, self._comm, self._skips)
             for p, outcome in zip(owners, outcomes, strict=True):
                 if not (isinstance(outcome, Report) and outcome.idle):
                     self._reports.setdefault(p, []).append(outcome)
-        for name, tensors in rest.items():
+        for (name, _), tensors in rest.items():
             skipped = step_elementwise(name, tensors, self._skips)
             for (p, _, _), skip in zip(tensors, skipped or (), strict=skipped is not None):
                 self._reports.setdefault(p, []).append(Report(skip))

@@ -55,7 +55,7 @@ class Skips:
 
     def slot(self, p: Tensor) -> Tensor:
         """An int32 on the parameter's device that a skipped step sets to 1."""
-        if p not in self._slots:
+        if p not in self._slots or self._slots[p].device != p.device:
             self.read()
             mine = [q for q in self._parameters() if q.device == p.device]
             flags = torch.zeros(len(mine), dtype=torch.int32, device=p.device)

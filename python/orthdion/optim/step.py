@@ -151,9 +151,10 @@ def _one(matrix: Matrix, o: Options, be: Reference) -> Body[Outcome]:
     if o.kappa is not None and o.a != o.b:
         w = yield Reduce(job.captured(p), at.right, "R", at.replicas.size, rounded=True)
 
-    report: Outcome = job.report(null)
+    figures = None
     if o.diagnostics:
-        report = yield from _diagnose(job, r, v, null, at)
+        figures = yield from _diagnose(job, r, v, null, at)
+    report = job.report(null, figures)
     tail = Tail()
     if o.tail != "feedback":
         tail = yield from _tail(job, p, r, matrix, o, least, fade)
@@ -232,7 +233,8 @@ def _tail(job: Job, p: Tensor, r: Tensor, matrix: Matrix, o: Options, least: flo
 
 
 def _diagnose(job: Job, r: Tensor, v: Tensor, null: Tensor, at: Layout) -> Body[Report]:
-    r, v = r.double() / job.size, v.double()
+    # A device that learns of a NaN later than the host goes through here with it.
+    r, v = torch.nan_to_num(r.double() / job.size), torch.nan_to_num(v.double())
     energy = job.energies()[0].sum() / job.size**2
     energy, gram, own, descent = yield (
         Reduce(energy, at.domain, "diagnostics", at.replicas.size),

@@ -23,7 +23,7 @@ from .passes import SAFE, Energies, Passes
 from .products import ALL_NULL, DIRECT, RESCALE, RIGHT_AGAIN, SKIP, SOME_NULL, SYMMETRIC, UPPER_B, multiply
 
 if TYPE_CHECKING:
-    from ...optim.step import Options, Tail
+    from ...optim.step import Options, Report, Tail
 
 __all__ = ["Cupy"]
 
@@ -110,7 +110,7 @@ class CupyJob(Job):
         #: None where this rank has no part of the matrix.
         self._passes: Passes | None = None
         if x.numel() and q.shape[1]:
-            (bucket,) = buckets([(Matrix(x, g, m, q, 1.0, whole), o)])
+            (bucket,) = buckets([(Matrix(x, g, m, q, 1.0, whole), o)], self.device.factor_bytes)
             self._passes = Passes(self.device, bucket)
         self._sketch = torch.zeros(x.shape[0], q.shape[1], device=x.device)
         self.skip = torch.zeros((), dtype=torch.bool, device=x.device)
@@ -144,9 +144,9 @@ class CupyJob(Job):
         with self.device.active():
             p.formed(self._sketch[None], p.formed_operand(self._o.kappa), self.old[None].contiguous(), RESCALE)
 
-    def report(self, null: Tensor) -> Deferred:
+    def report(self, null: Tensor, figures: Report | None) -> Deferred:
         """What will have happened."""
-        return Deferred(self._lost, null.sum())
+        return Deferred(self._lost, null.sum(), figures)
 
     def sketch(self) -> Tensor:
         """``B Q`` (m, r)"""

@@ -17,8 +17,6 @@ from .arguments import MATRICES, TYPES, addresses, pack
 
 __all__ = ["Bucket", "Slab", "buckets"]
 
-#: What P, R, V and their like of a bucket may take together, with its Gram matrices.
-FACTOR_BYTES = 256 << 20
 #: Entries of one matrix that a thread block handles; panels are whole multiples of its sides.
 _TILE_ROWS, _TILE_COLS = 32, 128
 
@@ -154,8 +152,10 @@ def _lies(t: Tensor, turned: bool) -> Tensor | None:
     return None
 
 
-def buckets(matrices: Sequence[tuple[Matrix, Options]]) -> list[Bucket]:
-    """Groups matrices by all that a launch has in common; at most 64 each, and factors of at most ``FACTOR_BYTES``."""
+def buckets(matrices: Sequence[tuple[Matrix, Options]], factor_bytes: int) -> list[Bucket]:
+    """Groups matrices by all that a launch has in common; at most 64 each, P, R, V and their like of a bucket and its
+    Gram matrices within ``factor_bytes`` where it has more than one.
+    """
     made: dict[tuple[object, ...], list[Bucket]] = {}
     for i, (matrix, o) in enumerate(matrices):
         if 0 in (*matrix.shape, matrix.q.shape[1]):
@@ -181,8 +181,9 @@ def buckets(matrices: Sequence[tuple[Matrix, Options]]) -> list[Bucket]:
             matrix.q.dtype,
             *((t.dtype, _pitch(t)) for t in lying),
         )
-        chain = made.setdefault(key, [])
-        if not chain or chain[-1].count == _most(matrix.x.shape[0], *matrix.q.shape):
+        (rows, cols), rank = matrix.x.shape, matrix.q.shape[1]
+        most, chain = _most(rows, cols, rank, factor_bytes), made.setdefault(key, [])
+        if not chain or chain[-1].count == most:
             chain.append(Bucket([], [], [], [], [], o, matrix.scale, turned, []))
         b = chain[-1]
         b.index.append(i)
@@ -192,6 +193,6 @@ def buckets(matrices: Sequence[tuple[Matrix, Options]]) -> list[Bucket]:
     return [b for chain in made.values() for b in chain]
 
 
-def _most(m: int, n: int, r: int) -> int:
+def _most(m: int, n: int, r: int, factor_bytes: int) -> int:
     each = 4 * (3 * m + 6 * n) * r + 8 * 8 * r * r
-    return max(1, min(MATRICES, FACTOR_BYTES // each))
+    return max(1, min(MATRICES, factor_bytes // each))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cublas import Products, library
 from .source import FILES, OPTIONS, kernels, text
 
 __all__ = ["Device", "device_for", "register", "unavailable"]
@@ -26,9 +27,10 @@ _REGISTERED: dict[torch.device, Device] = {}
 class Device(ABC):
     """What the backend's host code needs of a device."""
 
-    #: Bytes of the second-level cache, and how many blocks run at once: panels and splits are sized by them.
+    #: Bytes of the second-level cache, by which panels are sized.
     l2_bytes: int
-    multiprocessors: int
+    #: What the factors of matrices that are stepped together may take.
+    factor_bytes: int
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -78,26 +80,25 @@ class _Stream:
 
 
 class CupyDevice(Device):
-    """A CUDA device: kernels by NVRTC through CuPy (which caches them on disk), products by cuBLAS."""
+    """A CUDA device: kernels compiled by CuPy (which keeps them on disk), products by cuBLAS."""
 
     def __init__(self, index: int) -> None:
         import cupy
-        from cupy_backends.cuda.libs import cublas
 
-        self._index, self._cupy, self._cublas = index, cupy, cublas
+        self._index, self._cupy = index, cupy
         self._device = cupy.cuda.Device(index)
+        self._products = Products(torch.device("cuda", index))
         properties = torch.cuda.get_device_properties(index)
         self.l2_bytes = int(properties.L2_cache_size)
-        self.multiprocessors = int(properties.multi_processor_count)
+        self.factor_bytes = int(properties.total_memory) // 32
         self._functions: dict[str, Any] = {}
-        self._handle = 0
-        self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """While it lasts, launches go to torch's current stream of this device."""
-        with self._device, self._stream(torch.cuda.current_stream(self._index).cuda_stream):
-            self._handle = self._cupy.cuda.device.get_cublas_handle()
+        stream = torch.cuda.current_stream(self._index).cuda_stream
+        with self._device, self._stream(stream):
+            self._products.on(stream)
             yield
 
     def _stream(self, address: int) -> Any:
@@ -111,8 +112,8 @@ class CupyDevice(Device):
         if not self._functions:
             # All at once and side by side: the first step then waits for the largest file only, and later ones never.
             with ThreadPoolExecutor(len(FILES)) as pool:
-                for part in pool.map(self._compiled, FILES):
-                    self._functions |= part
+                parts = list(pool.map(self._compiled, FILES))
+            self._functions = {name: function for part in parts for name, function in part.items()}
         return self._functions[name]
 
     def _compiled(self, file: str) -> dict[str, Any]:
@@ -124,57 +125,8 @@ class CupyDevice(Device):
         self._function(kernel)(grid, (threads,), tuple(arguments))
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool = False, tf32: bool = False) -> None:
-        """See :meth:`Device.multiply`. cuBLAS counts columns first: it is asked for ``outᵀ = Bᵀ Aᵀ``."""
-        cublas, kinds = self._cublas, {torch.float32: 0, torch.bfloat16: 14}  # CUDA_R_32F, CUDA_R_16BF
-        compute = cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if tf32 else cublas.CUBLAS_COMPUTE_32F
-        count, m, n = out.shape
-        left, right = _layout(b), _layout(a)
-        head = (self._handle, left[0], right[0], n, m, a.shape[2], self._one.ctypes.data)
-        beta, default = (self._one if add else self._zero).ctypes.data, cublas.CUBLAS_GEMM_DEFAULT
-        if count == 1:
-            cublas.gemmEx(
-                *head,
-                b.data_ptr(),
-                kinds[b.dtype],
-                left[1],
-                a.data_ptr(),
-                kinds[a.dtype],
-                right[1],
-                beta,
-                out.data_ptr(),
-                0,
-                out.stride(1),
-                compute,
-                default,
-            )
-            return
-        cublas.gemmStridedBatchedEx(
-            *head,
-            b.data_ptr(),
-            kinds[b.dtype],
-            left[1],
-            b.stride(0),
-            a.data_ptr(),
-            kinds[a.dtype],
-            right[1],
-            a.stride(0),
-            beta,
-            out.data_ptr(),
-            0,
-            out.stride(1),
-            out.stride(0),
-            count,
-            compute,
-            default,
-        )
-
-
-def _layout(t: Tensor) -> tuple[int, int]:
-    """CuBLAS's operation and leading dimension of a row-major matrix (0: as it is), or of a transposed one (1)."""
-    row, col = t.stride()[1:]
-    if col == 1 or t.shape[2] == 1:
-        return 0, max(row, t.shape[2], 1)
-    return 1, max(col, t.shape[1], 1)
+        """See :meth:`Device.multiply`."""
+        self._products.multiply(out, a, b, add, tf32)
 
 
 def register(where: torch.device, device: Device | None) -> Callable[[], None]:
@@ -207,11 +159,13 @@ def unavailable(where: torch.device) -> str | None:
         return None
     if where.type != "cuda":
         return f"the CuPy kernels serve CUDA tensors, these are on {where.type}"
-    return _cupy_error()
+    return _cupy_error(
+        torch.cuda.current_device() if where.index is None and torch.cuda.is_available() else where.index
+    )
 
 
 @cache
-def _cupy_error() -> str | None:
+def _cupy_error(index: int | None) -> str | None:
     if torch.version.hip is not None:
         return "the CuPy kernels are CUDA's, this torch is built for ROCm"
     major = (torch.version.cuda or "13").split(".")[0]
@@ -223,7 +177,11 @@ def _cupy_error() -> str | None:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as e:
         return f"CuPy finds no CUDA device ({e}); install the CuPy of this driver, cupy-cuda{major}x"
-    oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    if oldest < (8, 0):
-        return f"the CuPy kernels need compute capability 8.0, this device has {oldest[0]}.{oldest[1]}"
+    try:
+        library()
+    except OSError as e:
+        return f"torch has not brought cuBLAS ({e})"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"the CuPy kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     return None

@@ -46,7 +46,7 @@ def lowrank_step(matrices: Sequence[tuple[Matrix, Options]], slots: Sequence[Ten
     device = device_for(matrices[0][0].x.device)
     written: list[Tensor] = []
     with device.active():
-        for b in buckets(matrices):
+        for b in buckets(matrices, device.factor_bytes):
             step = _Step(device, b)
             verdicts = step.run()
             note(device, step.flags, SKIP, [slots[i] for i in b.index])

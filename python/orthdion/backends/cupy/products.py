@@ -84,7 +84,8 @@ def multiply(
     splits = 1
     plain = not beta and not delta and alpha == 1.0 and not shape & (UPPER_A | UPPER_B) and pairs == 1
     if plain and when.other is None and c.tensor[0].is_contiguous():
-        splits = max(1, min(2 * device.multiprocessors // (tiles * count), k // 512, 64))
+        # Enough blocks for a large device; the same on every device, as ranks must sum in one order.
+        splits = max(1, min(256 // (tiles * count), k // 512, 64))
     target, other = c, when.other
     if splits > 1:
         parts = torch.empty(splits * count, m, n, dtype=torch.float64, device=c.tensor.device)

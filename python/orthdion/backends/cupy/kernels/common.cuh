@@ -110,6 +110,10 @@ DEVICE void fetch4(u64 p, i64 at, int n, int type, float x[4]) {
     }
     return;
   }
+  if (type == F64) {
+    for (int i = 0; i < 4; i++) x[i] = i < n ? (float)fetch((const double*)p + at + i) : 0.0f;
+    return;
+  }
   const unsigned short* from = (const unsigned short*)p + at;
   FourHalves v;
   if (n == 4 && ((u64)from & 7) == 0) {
@@ -128,6 +132,10 @@ DEVICE void put4(u64 p, i64 at, int n, int type, const float x[4]) {
     } else {
       for (int i = 0; i < n; i++) put(to + i, x[i]);
     }
+    return;
+  }
+  if (type == F64) {
+    for (int i = 0; i < n; i++) put((double*)p + at + i, (double)x[i]);
     return;
   }
   unsigned short* to = (unsigned short*)p + at;
