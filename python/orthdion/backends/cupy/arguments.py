@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +17,18 @@ MATRICES = 64
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _LIST = struct.Struct(f"{MATRICES}Q")
-_CODES = {int: "q", float: "d"}
 
 
 def pack(*fields: int | float | bool | Tensor | None) -> bytes:
     """A struct of 8-byte fields: whole numbers and addresses, or doubles."""
-    values: list[Any] = [_word(f) for f in fields]
-    return struct.pack("=" + "".join(_CODES[type(v)] for v in values), *values)
+    values = [f if type(f) is int or type(f) is float else _word(f) for f in fields]
+    return struct.pack("".join(["d" if type(v) is float else "q" for v in values]), *values)
 
 
-def _word(field: Any) -> int | float:
+def _word(field: int | float | Tensor | None) -> int | float:
     if field is None:
         return 0
-    if isinstance(field, Tensor):
-        return field.data_ptr()
-    return int(field) if isinstance(field, bool) else field
+    return field.data_ptr() if isinstance(field, Tensor) else int(field)
 
 
 def addresses(tensors: Sequence[Tensor]) -> bytes:

@@ -39,12 +39,11 @@ class Device(ABC):
 
     def launch(self, kernel: str, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """Launches a kernel; tensors, None, numbers and packed structs are matched to its C++ signature."""
-        found = kernels()[kernel]
-        if len(arguments) != len(found.types):
-            raise TypeError(f"kernel {kernel} takes {len(found.types)} arguments, {len(arguments)} were given")
-        if 0 in grid:
-            return
-        self._launch(kernel, grid, threads, [_convert(t, a) for t, a in zip(found.types, arguments, strict=True)])
+        convert = _converters(kernel)
+        if len(arguments) != len(convert):
+            raise TypeError(f"kernel {kernel} takes {len(convert)} arguments, {len(arguments)} were given")
+        if 0 not in grid:
+            self._launch(kernel, grid, threads, [f(a) for f, a in zip(convert, arguments, strict=True)])
 
     @abstractmethod
     def _launch(self, kernel: str, grid: tuple[int, ...], threads: int, arguments: list[Any]) -> None: ...
@@ -56,17 +55,25 @@ class Device(ABC):
         """
 
 
-def _convert(c_type: str, argument: Any) -> Any:
-    if c_type.endswith("*") or c_type == "u64":
-        address = 0 if argument is None else argument.data_ptr() if isinstance(argument, Tensor) else argument
-        return np.uint64(address)
-    if c_type == "int":
-        return np.int32(argument)
-    if c_type == "i64":
-        return np.int64(argument)
-    if c_type == "double":
-        return np.float64(argument)
+@cache
+def _converters(kernel: str) -> tuple[Callable[[Any], Any], ...]:
+    """What makes arguments of the types that a kernel declares; whole Python numbers are 8 bytes, as addresses are."""
+    return tuple(
+        _address if t.endswith("*") or t == "u64" else _NUMBERS.get(t, _struct) for t in kernels()[kernel].types
+    )
+
+
+def _address(argument: Any) -> int:
+    if argument is None:
+        return 0
+    return argument.data_ptr() if isinstance(argument, Tensor) else int(argument)
+
+
+def _struct(argument: bytes) -> Any:
     return np.frombuffer(argument, dtype=f"V{len(argument)}")
+
+
+_NUMBERS: dict[str, Callable[[Any], Any]] = {"int": np.int32, "i64": int, "double": float}
 
 
 class _Stream:
