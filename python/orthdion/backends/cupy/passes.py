@@ -209,10 +209,10 @@ class Passes:
         fed_right = None
         if o.a != o.b:
             fed_right = tail_right if w is r and tail_right is not None else self.operand(w)
-        # Products, and the operands that stream past them, share the cache.
+        # Products, and the operands that stream past them, fill the cache: smaller panels would be all launches.
         blocks = 1 + (fed_right is not None) + (tail_right is not None and fed_right is not tail_right)
         of_entry = 4 * blocks + sum(t.element_size() for t in (b.x[0], b.m[0], b.g[0]))
-        for s in b.slabs(max(self.device.l2_bytes // 2 // of_entry, 1)):
+        for s in b.slabs(max(self.device.l2_bytes // of_entry, 1)):
             product = self.products(s, left)
             ahead = product(head)
             captured = product(tail_right)
