@@ -30,6 +30,11 @@ class Machine:
     torch: str
     commit: str
 
+    @property
+    def rounded(self) -> float:
+        """The rate of products whose operands may be rounded to bfloat16: float32's, where that is the faster."""
+        return max(self.bfloat16, self.float32)
+
     def floor(self, m: int, n: int, r: int, products: float = 8.0, rate: float | None = None) -> float:
         """Milliseconds of ``products·mnr`` flops and of the Cholesky QRs of P and R, two double products each; or of
         nine passes over a float32 matrix (M and G twice, X and M read and written, G), if those take longer.

@@ -181,7 +181,7 @@ def step(machine: Machine, seconds: float) -> Iterator[Row]:
         floors: dict[str, float] = {}
         for name, (options, flops) in FORMS.items():
             candidates[name] = orthdion.OrthDion(_parameters(shapes), rank_fraction=fraction, **options).step
-            rate = machine.bfloat16 if "bfloat16" in name else None
+            rate = machine.rounded if "bfloat16" in name else None
             floors[name] = sum(machine.floor(*s, r, flops, rate) for s in shapes)
         peers, missing = _peers(machine, shapes, r, 768)
         candidates["AdamW (orthdion)"] = orthdion.Dion([{"params": _parameters(shapes), "algorithm": "adamw"}]).step
@@ -248,7 +248,7 @@ def memory(machine: Machine, seconds: float) -> Iterator[Row]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             added, sample = pool.apply(_peak, (name,))
         note = f"{added:.0f} MiB added to the peak; the matrix has 64"
-        rate = machine.bfloat16 if "bfloat16" in name else None
+        rate = machine.rounded if "bfloat16" in name else None
         floor = machine.floor(4096, 4096, 256, flops, rate)
         yield Row("memory", "4096×4096, r = 256", name, sample, floor, "", float("nan"), note)
 

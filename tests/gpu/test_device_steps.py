@@ -57,12 +57,12 @@ def moved(ours, theirs):
 def test_every_option_equals_the_reference(shim, right_factor, tail, nesterov):
     for feedback in FEEDBACKS:
         options = {"right_factor": right_factor, "tail": tail, "nesterov": nesterov, "feedback": feedback}
-        shapes = [(70, 40), (40, 150), (300, 70), (17, 17)]
-        ours, theirs = (run(b, shapes, 4, **options) for b in ("cupy", "reference"))
+        shapes = [(70, 40), (40, 150), (17, 17)]
+        ours, theirs = (run(b, shapes, 3, **options) for b in ("cupy", "reference"))
         assert distance(ours, theirs) < 5e-5, feedback
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     m=st.integers(1, 150),
     n=st.integers(1, 150),

@@ -98,19 +98,23 @@ DEVICE void put_as(u64 p, i64 at, int type, double x) {
 struct alignas(16) Four { float x[4]; };
 struct alignas(8) FourHalves { unsigned short x[4]; };
 
-// `n` ≤ 4 neighbours; in one access where there are four and they are aligned.
+// `n` ≤ 4 neighbours; in one access where there are four and they are aligned. Loops are unrolled, or their numbers would
+// live in memory.
 DEVICE void fetch4(u64 p, i64 at, int n, int type, float x[4]) {
   if (type == F32) {
     const float* from = (const float*)p + at;
     if (n == 4 && ((u64)from & 15) == 0) {
       Four v = fetch((const Four*)from);
+#pragma unroll
       for (int i = 0; i < 4; i++) x[i] = v.x[i];
     } else {
+#pragma unroll
       for (int i = 0; i < 4; i++) x[i] = i < n ? fetch(from + i) : 0.0f;
     }
     return;
   }
   if (type == F64) {
+#pragma unroll
     for (int i = 0; i < 4; i++) x[i] = i < n ? (float)fetch((const double*)p + at + i) : 0.0f;
     return;
   }
@@ -119,8 +123,10 @@ DEVICE void fetch4(u64 p, i64 at, int n, int type, float x[4]) {
   if (n == 4 && ((u64)from & 7) == 0) {
     v = fetch((const FourHalves*)from);
   } else {
+#pragma unroll
     for (int i = 0; i < 4; i++) v.x[i] = i < n ? fetch(from + i) : 0;
   }
+#pragma unroll
   for (int i = 0; i < 4; i++) x[i] = type == BF16 ? from_bf16(v.x[i]) : from_f16(v.x[i]);
 }
 
@@ -130,21 +136,28 @@ DEVICE void put4(u64 p, i64 at, int n, int type, const float x[4]) {
     if (n == 4 && ((u64)to & 15) == 0) {
       put((Four*)to, Four{{x[0], x[1], x[2], x[3]}});
     } else {
-      for (int i = 0; i < n; i++) put(to + i, x[i]);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (i < n) put(to + i, x[i]);
     }
     return;
   }
   if (type == F64) {
-    for (int i = 0; i < n; i++) put((double*)p + at + i, (double)x[i]);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < n) put((double*)p + at + i, (double)x[i]);
     return;
   }
   unsigned short* to = (unsigned short*)p + at;
   FourHalves v;
+#pragma unroll
   for (int i = 0; i < 4; i++) v.x[i] = type == BF16 ? to_bf16(x[i]) : to_f16(x[i]);
   if (n == 4 && ((u64)to & 7) == 0) {
     put((FourHalves*)to, v);
   } else {
-    for (int i = 0; i < n; i++) put(to + i, v.x[i]);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < n) put(to + i, v.x[i]);
   }
 }
 

@@ -79,7 +79,8 @@ extern "C" __global__ void __launch_bounds__(256) elementwise(
     fetch4(t.g[i], at, n, (int)rule.type_g, g);
     fetch4(t.m[i], at, n, (int)rule.type_m, m);
     if (!rule.lion) fetch4(t.v[i], at, n, (int)rule.type_m, v);
-    for (int e = 0; e < n; e++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {  // beyond the end there are zeros, which are not stored
       float push = sign * g[e];
       if (rule.lion) {
         float u = b1 * m[e] + c1 * push;
