@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from benches.gpu.verify import CHECKS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
