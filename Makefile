@@ -29,7 +29,7 @@ bench: $(VENV)/built
 bench-rust:
 	cargo bench --manifest-path benches/micro/Cargo.toml
 
-# On a machine with a GPU: needs $(PYTHON) with torch and cupy, neither Rust nor a virtual environment; under eight minutes.
+# On a machine with a GPU: needs $(PYTHON) with torch and cupy, neither Rust nor a virtual environment; gives itself 7.5 minutes.
 gpu-check:
 	PYTHONPATH=python $(PYTHON) -m benches.gpu
 

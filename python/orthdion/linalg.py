@@ -35,7 +35,7 @@ def _of_cupy_too(f: F) -> F:
         first = next(iter((*arrays, *rest.values())), None)
         if type(first).__module__.partition(".")[0] != "cupy":
             return f(*arrays, **rest)
-        back = cast(Any, import_module(type(first).__module__.partition(".")[0])).from_dlpack
+        back = cast(Any, import_module("cupy")).from_dlpack
 
         def here(a: Any) -> Any:
             return torch.utils.dlpack.from_dlpack(a) if type(a) is type(first) else a

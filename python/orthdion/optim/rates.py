@@ -85,7 +85,9 @@ class Skips:
 
     def read(self) -> Counter[str]:
         """The counts by parameter. Waits for the devices."""
-        for mine, _, sums, _ in self._books.values():
+        for mine, flags, sums, _ in self._books.values():
+            sums += flags  # of a step that is under way
+            flags.zero_()
             for p, n in zip(mine, sums.tolist(), strict=True):
                 if n:
                     self.counts[self._name_of(p)] += n

@@ -32,7 +32,7 @@ from ..backends.table import Words
 from ..sharding import Body, Communicator, Factorize, Group, Layout, Reduce
 from .tall import Tall
 
-__all__ = ["Matrix", "Options", "Outcome", "Report", "RightFactor", "Tail", "step"]
+__all__ = ["Matrix", "Options", "Outcome", "Report", "RightFactor", "Tail", "figures", "step"]
 
 RightFactor = Literal["qr", "column", "polar"]
 
@@ -221,7 +221,7 @@ def _tail(job: Job, p: Tensor, r: Tensor, matrix: Matrix, o: Options, least: flo
     energy = total - captured
     weight = (energy > least * total).to(energy.dtype) * (o.tail_scale * math.sqrt(spare))
     if o.tail == "linear":
-        return Tail(alpha=weight / energy.clamp_min(1e-300).sqrt())
+        return Tail(alpha=weight / energy.clamp_min(torch.finfo(energy.dtype).tiny).sqrt())
     norms = torch.maximum(columns - squares.sum(1), fade * columns).sqrt()
     inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(1e-300), 0.0)
     raw, scaled = job.tail_rows(p, r, inverse)
@@ -242,15 +242,23 @@ def _diagnose(job: Job, r: Tensor, v: Tensor, null: Tensor, at: Layout) -> Body[
         Reduce(v.T @ v, at.cols, "diagnostics"),
         Reduce((r * v).sum(), at.cols, "diagnostics"),
     )
-    share = gram.diagonal().sqrt()
-    share = share[share > 0] / share.sum()
-    return Report(
-        skipped=False,
-        null=int(null.sum()),
-        b_energy=float(energy),
-        r_energy=float(gram.trace()),
-        nu=float(torch.linalg.eigvalsh(own)[-1].clamp_min(0.0).sqrt()),
-        descent=float(descent),
-        nuclear=float(torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt().sum()),
-        effective_rank=float(torch.exp(-(share * share.log()).sum())) if share.numel() else 0.0,
+    return Report(False, int(null.sum()), *figures(energy, gram, own, descent).tolist())
+
+
+def figures(energy: Tensor, gram: Tensor, own: Tensor, descent: Tensor) -> Tensor:
+    """What :class:`Report` has after ``null``, along the last axis, from ‖B‖², RᵀR, VᵀV and ⟨R, V⟩; batches too."""
+    tiny = torch.finfo(gram.dtype).tiny
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    share = norms / norms.sum(-1, keepdim=True).clamp_min(tiny)
+    rank = (-(share * share.clamp_min(tiny).log()).sum(-1)).exp()
+    return torch.stack(
+        [
+            energy,
+            norms.square().sum(-1),
+            torch.linalg.eigvalsh(own)[..., -1].clamp_min(0.0).sqrt(),
+            descent,
+            torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt().sum(-1),
+            torch.where(norms.sum(-1) > 0, rank, torch.zeros_like(rank)),
+        ],
+        -1,
     )

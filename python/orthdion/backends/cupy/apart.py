@@ -2,7 +2,8 @@
 
 Reductions over NCCL run on its stream and are waited for by torch's, not by the host. What a body on the CPU decides
 with an ``if`` is here a flag on the device: a matrix with NaN anywhere goes through the step on every rank and is not
-written. One read is left: whether a right factor whose rows lie on several ranks has null columns that must be filled.
+written. One read is left to the low-rank step: whether a right factor whose rows lie on several ranks has null columns
+that must be filled. Diagnostics read too.
 """
 
 from __future__ import annotations
@@ -20,14 +21,12 @@ from .bucket import Slab, buckets
 from .device import Device, device_for
 from .orthonormal import complete, orthonormalize, polar, triangles
 from .passes import SAFE, Energies, Passes
-from .products import ALL_NULL, DIRECT, RESCALE, RIGHT_AGAIN, SKIP, SOME_NULL, SYMMETRIC, UPPER_B, multiply
+from .products import ALL_NULL, ALPHA, NUMBERS, RESCALE, RIGHT_AGAIN, SIZE, SOME_NULL, SYMMETRIC, UPPER_B, multiply
 
 if TYPE_CHECKING:
     from ...optim.step import Options, Report, Tail
 
 __all__ = ["Cupy"]
-
-_NUMBERS = 8
 
 
 class Cupy(Reference):
@@ -94,7 +93,7 @@ class Cupy(Reference):
 def _fresh(a: Tensor) -> tuple[Device, Tensor, Tensor]:
     """The device, and flags and numbers of one matrix."""
     flags = torch.zeros(1, dtype=torch.int32, device=a.device)
-    return device_for(a.device), flags, torch.zeros(1, _NUMBERS, dtype=torch.float64, device=a.device)
+    return device_for(a.device), flags, torch.zeros(1, NUMBERS, dtype=torch.float64, device=a.device)
 
 
 class CupyJob(Job):
@@ -127,22 +126,18 @@ class CupyJob(Job):
         return torch.where(top.isfinite(), top, torch.inf)
 
     def settle(self, largest: Tensor) -> None:
-        """Flags and numbers from what all ranks know; nothing is read."""
+        """Flags and numbers from what all ranks know, by the kernel that also decides for one rank; nothing is read."""
         self._lost = ~largest.isfinite()
         self.skip = self._lost | (largest < 0.0)
-        safe = (largest > 1.0 / SAFE) & (largest < SAFE)
-        asked = ~safe & (largest > 0.0) & ~self.skip
-        exponent = -torch.floor(torch.log2(torch.where(asked, largest, 1.0)))
-        size = torch.exp2(exponent.clamp_max(126.0))
-        self.size = size
-        if self._passes is None:
-            return
-        p = self._passes
-        p.flags.copy_((self.skip * SKIP + asked * (RESCALE | DIRECT)).int().reshape(1))
-        p.numbers.zero_()
-        p.numbers[0, 0] = size
+        passes = self._passes
+        _, flags, numbers = _fresh(self.old) if passes is None else (None, passes.flags, passes.numbers)
+        bits = largest.float().reshape(1).view(torch.int32)  # −1, nobody's gradient, lies above infinity, as NaN does
         with self.device.active():
-            p.formed(self._sketch[None], p.formed_operand(self._o.kappa), self.old[None].contiguous(), RESCALE)
+            self.device.launch("decide", (1,), 64, bits, flags, numbers, SAFE, 1)
+            if passes is not None:
+                formed = passes.formed_operand(self._o.kappa)
+                passes.formed(self._sketch[None], formed, self.old[None].contiguous(), RESCALE)
+        self.size = numbers[0, SIZE]
 
     def report(self, null: Tensor, figures: Report | None) -> Deferred:
         """What will have happened."""
@@ -211,7 +206,7 @@ class CupyJob(Job):
         with self.device.active():
             left, captured, head, fed = (t.contiguous()[None] for t in (p, r, v, w))
             if tail.alpha is not None:
-                passes.numbers[0, 1] = tail.alpha
+                passes.numbers[0, ALPHA] = tail.alpha
             head = passes.operand(head, captured if tail.alpha is not None else None)
             columns = lengths = None
             if tail.columns is not None and tail.rows is not None:

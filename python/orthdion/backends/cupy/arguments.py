@@ -32,7 +32,13 @@ def _word(field: int | float | Tensor | None) -> int | float:
 
 
 def addresses(tensors: Sequence[Tensor]) -> bytes:
-    """A ``List`` of up to 64 addresses."""
+    """A ``List`` of up to 64 addresses.
+
+    Raises:
+        ValueError: for more.
+    """
+    if len(tensors) > MATRICES:
+        raise ValueError(f"a launch takes at most {MATRICES} matrices, not {len(tensors)}")
     return _LIST.pack(*(t.data_ptr() for t in tensors), *[0] * (MATRICES - len(tensors)))
 
 

@@ -136,11 +136,10 @@ class CupyDevice(Device):
         self._products.multiply(out, a, b, add, tf32)
 
 
-def register(where: torch.device, device: Device | None) -> Callable[[], None]:
+def register(where: torch.device, device: Device) -> Callable[[], None]:
     """Has a device serve tensors that CuPy does not know; returns what undoes it."""
     before = _REGISTERED.pop(where, None)
-    if device is not None:
-        _REGISTERED[where] = device
+    _REGISTERED[where] = device
 
     def undo() -> None:
         _REGISTERED.pop(where, None)

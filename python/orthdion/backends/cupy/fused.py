@@ -7,7 +7,7 @@
     V, the next Q, the tail's numbers                                    factors only
     panels again:  X ← (1 − ηλ)X − η·scale·D,  M ← a·M⁺ − (a − b)·P Wᵀ   reads M, G and X, writes X and M
 
-Seven passes over the matrix for every form, and nothing of its size is allocated. R comes from the same panels as P̂,
+Seven passes over the matrix for every form, and no room but for panels and factors. R comes from the same panels as P̂,
 because Bᵀ P = (Bᵀ P̂) T⁻¹; where the inverse would amplify rounding it is computed from P after all, by a slower kernel
 that forms B as it goes (flag DIRECT), and so are both products where B must be scaled to be squared (RESCALE). A matrix
 with NaN or infinity goes through everything and is not written.
@@ -79,7 +79,7 @@ class _Step(Passes):
         v, completed, kept = self._right_factor(r, q)
         figures = None
         if o.diagnostics and energies is not None:
-            figures = diagnose(self.b, self.numbers, r, v, energies.rows)
+            figures = diagnose(self.numbers, r, v, energies.rows)
         head, columns = self._tail(r, v, energies)
         self.apply(p.v, r, w, head, columns, None if energies is None else self._lengths(energies, columns))
         to = self.b.q[0]

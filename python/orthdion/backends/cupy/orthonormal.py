@@ -34,7 +34,7 @@ __all__ = ["Factor", "complete", "orthonormalize", "polar", "quintics"]
 #: Condition up to which one Cholesky QR of single-precision data is orthonormal to single precision: κ²·2⁻⁵³ < 2⁻²⁴/8².
 GATE = 2.0**14.5 / 8.0
 _TILE = 64
-_BOUNDS, _NUMBERS = 4, 8
+_BOUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,7 @@ def orthonormalize(
     multiply(device, v, once, s2, shape=UPPER_B, when=due)
     both = torch.empty_like(t)
     multiply(device, both, t2, t, shape=UPPER_A | UPPER_B | UPPER_C, when=due)
-    multiply(device, t, both, _identity(r, a.device).expand(count, r, r), shape=UPPER_A | UPPER_B | UPPER_C, when=due)
-    return Factor(v, t, s, null, bounds)
-
-
-@cache
-def _identity(r: int, device: torch.device) -> Tensor:
-    return torch.eye(r, dtype=torch.float64, device=device)
+    return Factor(v, torch.where((flags & again != 0)[:, None, None], both, t), s, null, bounds)
 
 
 def polar(device: Device, f: Factor) -> Tensor:

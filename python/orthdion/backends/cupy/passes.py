@@ -14,11 +14,10 @@ from ..reference import Reference
 from .arguments import TYPES, addresses, pack
 from .bucket import Bucket, Slab
 from .device import Device
-from .products import Formed, When, multiply
+from .products import NUMBERS, Formed, When, multiply
 
 __all__ = ["Energies", "Passes"]
 
-_NUMBERS = 8
 #: B's largest entry, and its inverse, may have this size before squares leave single precision.
 SAFE = 1e12
 
@@ -58,7 +57,7 @@ class Passes:
         # A panel takes a third of the cache: M and G stream past it.
         self.entries = max(device.l2_bytes // 3 // (2 if half else 4), 1)
         self.flags = self.new(dtype=torch.int32)
-        self.numbers = self.new(_NUMBERS, dtype=torch.float64)
+        self.numbers = self.new(NUMBERS, dtype=torch.float64)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Room for something of every matrix."""

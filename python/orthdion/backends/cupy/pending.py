@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...optim.step import Report
+from ...optim.step import Report, figures
 from .arguments import addresses
 from .device import Device
-from .products import SKIP
-
-if TYPE_CHECKING:
-    from .bucket import Bucket
+from .products import NULLS, SIZE, SKIP
 
 __all__ = ["Pending", "Verdicts", "diagnose", "note"]
 
@@ -30,7 +26,7 @@ class Verdicts:
     @cached_property
     def reports(self) -> list[Report]:
         """Of each matrix. Waits for the device."""
-        nulls = self._numbers[:, 5].tolist()
+        nulls = self._numbers[:, NULLS].tolist()
         figures = self._figures.tolist() if self._figures is not None else [[]] * len(nulls)
         skipped = [bool(f & SKIP) for f in self._flags.tolist()]
         # A skipped matrix's numbers are whatever NaN made of them.
@@ -57,22 +53,7 @@ def note(device: Device, flags: Tensor, mask: int, slots: Sequence[Tensor]) -> N
     device.launch("note", (1,), 64, flags, mask, addresses(slots), len(slots))
 
 
-def diagnose(b: Bucket, numbers: Tensor, r: Tensor, v: Tensor, energies: Tensor) -> Tensor:
-    """The figures of :class:`orthdion.optim.step.Report` after ``null``, [matrix, figure], in plain torch."""
-    size = numbers[:, :1, None]
-    wide, head = (torch.nan_to_num(t.double()) for t in (r / size, v))
-    gram, own = wide.mT @ wide, head.mT @ head
-    share = gram.diagonal(dim1=1, dim2=2).sqrt()
-    share = share / share.sum(1, keepdim=True).clamp_min(1e-300)
-    entropy = -(share * share.clamp_min(1e-300).log()).sum(1)
-    return torch.stack(
-        [
-            energies.sum(1),
-            gram.diagonal(dim1=1, dim2=2).sum(1),
-            torch.linalg.eigvalsh(own)[:, -1].clamp_min(0.0).sqrt(),
-            (wide * head).sum((1, 2)),
-            torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt().sum(1),
-            torch.where(share.sum(1) > 0, entropy.exp(), 0.0),
-        ],
-        1,
-    )
+def diagnose(numbers: Tensor, r: Tensor, v: Tensor, energies: Tensor) -> Tensor:
+    """The figures of :class:`orthdion.optim.step.Report` after ``null``, [matrix, figure]. Waits for the device."""
+    wide, head = (torch.nan_to_num(t.double()) for t in (r / numbers[:, SIZE, None, None], v))
+    return figures(energies.sum(1), wide.mT @ wide, head.mT @ head, (wide * head).sum((1, 2)))

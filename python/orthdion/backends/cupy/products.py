@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .arguments import MATRICES, Operand, addresses, operand, pack
+from .arguments import Operand, addresses, operand, pack
 from .device import Device
 
 __all__ = ["ALL_NULL", "DIRECT", "LEFT_AGAIN", "RESCALE", "RIGHT_AGAIN", "SKIP", "SOME_NULL"]
-__all__ += ["Formed", "When", "multiply"]
+__all__ += ["ALPHA", "NULLS", "NUMBERS", "SIZE", "Formed", "When", "multiply"]
 
 #: Flags of a matrix, as ``common.cuh`` has them.
 SKIP, RESCALE, LEFT_AGAIN, DIRECT, RIGHT_AGAIN, SOME_NULL, ALL_NULL = (1 << i for i in range(7))
+#: Places of a matrix's numbers there, and how many there are.
+SIZE, ALPHA, NULLS, NUMBERS = 0, 1, 5, 8
 SYMMETRIC, UPPER_A, UPPER_B, UPPER_C = 1, 2, 4, 8
 _TILE = 64
 
@@ -113,7 +115,6 @@ def multiply(
     )
     grid = (-(-n // _TILE), -(-m // _TILE), count * pairs * splits)
     if isinstance(a, Formed):
-        _check_one_launch(a)
         row_m, col_m = a.m[0].stride()
         row_g, col_g = a.g[0].stride()
         words = (operand(a.m[0][None]).type, operand(a.g[0][None]).type, row_m, col_m, row_g, col_g)
@@ -145,8 +146,3 @@ def multiply(
 
 def _operand(t: Tensor | Operand) -> Operand:
     return t if isinstance(t, Operand) else operand(t)
-
-
-def _check_one_launch(a: Formed) -> None:
-    if len(a.m) > MATRICES:
-        raise ValueError(f"a launch takes at most {MATRICES} matrices, not {len(a.m)}")

@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["Traffic", "declared"]
 
 _SIZES = (4, 8, 2, 2)  # of the number formats, as the kernels number them
-_TILE, _ROWS, _COLS = 64, 32, 128
+_TILE = 64
 
 
 @dataclass(frozen=True)
