@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -278,35 +279,26 @@ def another_rank_loads() -> list[tuple[int, ...]]:
     return [*shapes, tuple(large.state[p]["Q"].shape)]
 
 
-def through_the_shim(seed: int = 1) -> Any:
-    """Has the CUDA backend's kernels serve this process's CPU tensors; returns what undoes it."""
+def through_the_shim() -> Any:
+    """While it lasts, the CUDA backend's kernels serve this process's CPU tensors; each rank shuffles on its own."""
     import sys
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-    from shim import ShimDevice
+    from shim import ShimDevice, serving
 
-    from orthdion.backends import choose
-    from orthdion.backends.cupy import register
-
-    undo = register(torch.device("cpu"), ShimDevice(l2_bytes=1 << 12, seed=seed))
-    choose.cache_clear()
-    return lambda: (undo(), choose.cache_clear())
+    return serving(ShimDevice(l2_bytes=1 << 12, seed=dist.get_rank()))
 
 
 def on_the_device(case: str, *args: Any) -> Any:
     """A case of this file with backend="cupy", whose options are the last dictionary of its arguments."""
-    undo = through_the_shim(dist.get_rank())
-    try:
+    with through_the_shim():
         return globals()[case](*[{**a, "backend": "cupy"} if isinstance(a, dict) else a for a in args])
-    finally:
-        undo()
 
 
 def a_nan_on_one_rank(backend: str) -> tuple[bool, int, bool]:
     """Whether it left matrix, momentum and Q as they were on this rank, what was counted, whether another one moved."""
-    undo = through_the_shim() if backend == "cupy" else lambda: None
-    try:
+    with through_the_shim() if backend == "cupy" else nullcontext():
         where = mesh((-1,))
         params = [
             torch.nn.Parameter(sharded(randn(13, 7, seed=i, dtype=torch.float32), where, (Shard(0),))) for i in range(2)
@@ -324,5 +316,3 @@ def a_nan_on_one_rank(backend: str) -> tuple[bool, int, bool]:
         half = len(before) // 2
         kept = all(torch.equal(a, b) for a, b in zip(before[:half], after[:half], strict=True))
         return kept, sum(o.skipped_steps.values()), not torch.equal(before[half], after[half])
-    finally:
-        undo()

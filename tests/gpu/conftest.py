@@ -2,14 +2,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from shim import COMPILER, ShimDevice
-
-from orthdion.backends import choose
-from orthdion.backends.cupy import register
+from shim import COMPILER, ShimDevice, serving
 
 
 @pytest.fixture
@@ -17,9 +13,5 @@ def shim():
     """Kernels run on the processor, threads of a block in shuffled orders; backend="cupy" then serves CPU tensors."""
     if COMPILER is None:
         pytest.skip("no g++ to compile the kernels for the processor with")
-    device = ShimDevice(seed=1)
-    undo = register(torch.device("cpu"), device)
-    choose.cache_clear()
-    yield device
-    undo()
-    choose.cache_clear()
+    with serving(ShimDevice(seed=1)) as device:
+        yield device

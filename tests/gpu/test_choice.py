@@ -32,6 +32,7 @@ def test_the_kernels_are_no_backend_of_cpu_tensors():
 def test_repr_and_backends_name_the_kernels(shim):
     o = orthdion.OrthDion([parameter(randn(4, 3))], backend="cupy")
     assert o.backends() == {"cupy: CUDA tensors": "1 parameters"}
+    assert repr(o).endswith("backend cupy: CUDA tensors (1 parameters)")
 
 
 def test_rates_live_on_the_device_and_follow_groups_and_tensors(shim):

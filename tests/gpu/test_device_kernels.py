@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import randn, with_spectrum
-from shim import COMPILER, ShimDevice
+from shim import COMPILER, ShimDevice, needs_compiler
 
 from orthdion.backends import reference
 from orthdion.backends.cupy.arguments import TYPES, addresses, operand, pack
@@ -33,7 +33,7 @@ from orthdion.backends.cupy.products import (
 )
 from orthdion.backends.cupy.source import text
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernels for the processor with")
+pytestmark = needs_compiler
 
 U = 2.0**-24
 FORMATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -8,17 +8,21 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from orthdion.backends.cupy.device import Device
+from orthdion.backends import choose
+from orthdion.backends.cupy.device import Device, register
 from orthdion.backends.cupy.source import kernels, text
 
 HEADER = Path(__file__).parent / "shim.h"
 COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernels for the processor with")
 
 
 def translation(file, change=None):
@@ -121,6 +125,18 @@ class ShimDevice(Device):
             out += product
         else:
             out.copy_(product)
+
+
+@contextmanager
+def serving(device):
+    """While it lasts, backend="cupy" serves CPU tensors through this device."""
+    undo = register(torch.device("cpu"), device)
+    choose.cache_clear()
+    try:
+        yield device
+    finally:
+        undo()
+        choose.cache_clear()
 
 
 def _rounded(t, tf32):
