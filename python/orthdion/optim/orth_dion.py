@@ -59,8 +59,8 @@ class OrthDion(LowRankOptimizer):
         seed: of the starting Q; torch's global generators are never used.
         momentum_dtype, q_dtype: of the states; None is the parameter's. Factorisations are at least float32 always.
         compute_dtype: "bfloat16" rounds the operands of float32 products (sums and factorisations are not touched):
-            faster where the processor multiplies bfloat16. "tf32" lets a GPU round them to TF32; CPU products stay as
-            they are. None: neither, whatever torch's own settings say.
+            faster where the processor multiplies bfloat16. "tf32" lets a GPU round them to TF32 (the reference backend
+            does so anywhere, the Rust core has no use for it). None: neither, whatever torch's own settings say.
         reduce_dtype: rounds P, R and averaged gradients on the wire, torch.bfloat16 say. None: not.
         backend: "auto", "rust" (CPU), "cupy" (CUDA) or "reference" (any device).
         diagnostics: collect :func:`orthdion.diagnostics.last_step`'s figures.
