@@ -188,57 +188,66 @@ impl<T: Real> Kernel for PackLhs<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<L: Level>(self) {
-        let lanes = <T::Simd<L> as Simd<T>>::LANES;
+        let (rows, padded) = (self.view.rows, self.padded);
+        let mr = L::MV * <T::Simd<L> as Simd<T>>::LANES;
         let k0 = self.block * T::KC;
         let kc = T::KC.min(self.view.cols - k0);
-        let mut line = [T::default(); 1024];
-        debug_assert!(T::KC <= line.len());
-        let pad = self.rounding.pad(kc);
         let mut single = match self.rounding {
-            Rounding::Pairs(_) => Scratch::<T>::new(L::MV * lanes * kc),
+            Rounding::Pairs(_) => Scratch::<T>::new(padded * kc),
             _ => Scratch::new(0),
         };
-        let mut i0 = 0;
-        while i0 < self.padded {
-            let mr = (L::MV * lanes).min(self.padded - i0);
-            let rows = mr.min(self.view.rows - i0);
-            // SAFETY: block `block` owns `[k0·padded, (k0 + kc)·padded)` of the buffer, this panel `mr·kc` of it from
-            // `i0·kc` on; lines are inside the view.
-            unsafe {
-                let panel = match self.rounding {
-                    Rounding::Pairs(_) => single.as_mut_ptr(),
-                    _ => self.dst.0.add(k0 * self.padded + i0 * kc),
-                };
-                if self.view.rs == 1 || self.view.cs != 1 {
-                    for k in 0..kc {
-                        let p = panel.add(k * mr);
-                        Line::down(self.view, i0, k0 + k).scaled(p, rows, T::of(1.0));
-                        for i in rows..mr {
-                            *p.add(i) = T::default();
+        // SAFETY: this block owns `[k0·padded, (k0 + kc)·padded)` of the buffer, and in it a panel of `p` rows from `i0` on
+        // `p·kc` elements from `i0·kc` on; lines are inside the view.
+        unsafe {
+            let block = match self.rounding {
+                Rounding::Pairs(_) => single.as_mut_ptr(),
+                _ => self.dst.0.add(k0 * padded),
+            };
+            if self.view.rs == 1 || self.view.cs != 1 {
+                let mut line = Scratch::<T>::new(padded);
+                line[rows..].fill(T::default());
+                for k in 0..kc {
+                    let from = Line::down(self.view, 0, k0 + k);
+                    let src = match from.dense::<T>() {
+                        Some(src) if rows == padded => src.cast_const(),
+                        _ => {
+                            from.scaled(line.as_mut_ptr(), rows, T::of(1.0));
+                            line.as_ptr()
                         }
+                    };
+                    let whole = padded / mr * mr;
+                    for i0 in (0..whole).step_by(mr) {
+                        std::ptr::copy_nonoverlapping(src.add(i0), block.add(i0 * kc + k * mr), mr); // some registers
                     }
-                } else {
-                    for i in 0..mr {
-                        if i < rows {
-                            Line::along(self.view, i0 + i, k0).scaled(line.as_mut_ptr(), kc, T::of(1.0));
-                        } else {
-                            line[..kc].fill(T::default());
-                        }
-                        for (k, x) in line[..kc].iter().enumerate() {
-                            *panel.add(k * mr + i) = *x;
-                        }
-                    }
+                    let rest = padded - whole;
+                    std::ptr::copy_nonoverlapping(src.add(whole), block.add(whole * kc + k * rest), rest);
                 }
-                match self.rounding {
-                    Rounding::None => {}
-                    Rounding::Rounded => round_in_place(panel.cast(), kc * mr),
-                    Rounding::Pairs(_) => {
-                        let words = self.dst.0.cast::<u32>().add((k0 * self.padded + i0 * pad) / 2);
-                        lhs_to_pairs(panel.cast(), kc, mr, pad, words);
+            } else {
+                let mut line = Scratch::<T>::new(kc);
+                for i in 0..padded {
+                    if i < rows {
+                        Line::along(self.view, i, k0).scaled(line.as_mut_ptr(), kc, T::of(1.0));
+                    } else {
+                        line.fill(T::default());
+                    }
+                    let i0 = i / mr * mr;
+                    let (panel, lines) = (block.add(i0 * kc + i - i0), mr.min(padded - i0));
+                    for (k, x) in line.iter().enumerate() {
+                        *panel.add(k * lines) = *x;
                     }
                 }
             }
-            i0 += mr;
+            match self.rounding {
+                Rounding::None => {}
+                Rounding::Rounded => round_in_place(block.cast(), kc * padded),
+                Rounding::Pairs(_) => {
+                    let pad = self.rounding.pad(kc);
+                    for i0 in (0..padded).step_by(mr) {
+                        let words = self.dst.0.cast::<u32>().add((k0 * padded + i0 * pad) / 2);
+                        lhs_to_pairs(block.add(i0 * kc).cast(), kc, mr.min(padded - i0), pad, words);
+                    }
+                }
+            }
         }
     }
 }
