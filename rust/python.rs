@@ -308,7 +308,7 @@ fn factor(
             return Ok((null, "qdwh".to_owned()));
         }
         let f = if double { qr::qr::<f64> } else { qr::qr::<f32> };
-        let (null, method) = f(cx, a, v, Some(t), tol, None)?;
+        let (null, method) = f(cx, a, v, Some(t), tol, qr::Paths::of(a))?;
         Ok((null, format!("{method:?}")))
     })
 }

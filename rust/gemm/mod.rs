@@ -14,6 +14,7 @@
 //! `KC` in the reduction, panels of `MV` vectors on the left, of `NR` columns on the right. Each element of `out` is
 //! summed in one fixed order, so results are the same bits for any number of threads.
 
+mod block;
 mod driver;
 mod epilogue;
 pub(crate) mod line;
@@ -158,8 +159,7 @@ pub(crate) fn gemm_region<T: Real>(
     let along_rows = c.as_ref().rs == 1 && (c.as_ref().cs != 1 || shape.0 >= shape.1);
     let (lhs, rhs, out) = if along_rows { (a, b, c) } else { (b.t(), a.t(), c.t()) };
     let lhs = Packed::<T>::new(cx, lhs);
-    Product { lhs: &lhs, rhs: Terms::one(rhs), out, alpha, beta, plus: Terms::none(), sums: None, region }
-        .run(cx);
+    Product { alpha, beta, region, ..Product::new(&lhs, Terms::one(rhs), out) }.run(cx);
 }
 
 #[cfg(test)]

@@ -142,14 +142,11 @@ fn combined_right_side_sums_and_added_terms() {
         let mut out = vec![1.0f32; i * j];
         let mut sums = vec![0.0; j];
         Product {
-            lhs: &lhs,
-            rhs: Terms::two(0.5, xv, 2.0, yv),
-            out: MatMut::new(&mut out, (i, j), (1, i)).unwrap(),
             alpha: -1.0,
             beta: 3.0,
             plus: Terms::one(Mat::row_major(&e, i, j)),
             sums: Some(&mut sums),
-            region: Region::All,
+            ..Product::new(&lhs, Terms::two(0.5, xv, 2.0, yv), MatMut::new(&mut out, (i, j), (1, i)).unwrap())
         }
         .run(cx);
         for jj in 0..j {

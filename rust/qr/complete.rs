@@ -35,7 +35,7 @@ pub fn complete<T: Real>(cx: Context, mut v: MatMut<'_>, null: &[bool], old: Mat
     // Candidates have unit length, so an absolute tolerance is a relative one.
     let norm = w.chunks_exact(k).map(square_norm).sum::<f64>().sqrt();
     let view = Mat::row_major(&w, n, k);
-    let f = factor::<T>(cx, view, (KEEP / norm.max(KEEP)).min(1.0), None)?;
+    let f = factor::<T>(cx, view, (KEEP / norm.max(KEEP)).min(1.0), super::Paths::Any)?;
     let mut q = Scratch::<f64>::new(n * k);
     f.orthonormal(cx, MatMut::row_major(&mut q, n, k));
     let mut missing = Vec::new();

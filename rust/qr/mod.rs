@@ -48,12 +48,33 @@ enum Base<'a> {
 /// The path that a factorisation took.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Method {
+    /// One Cholesky QR whose Gram matrix is made of short sums in single precision, joined in double.
+    Short,
     /// One Cholesky QR.
     Cholesky,
     /// Two of them.
     CholeskyTwice,
     /// Blocked Householder reflections.
     Householder,
+}
+
+/// The paths that a factorisation may take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Paths {
+    /// Whatever is accurate, the cheapest in double precision first.
+    Any,
+    /// The same, and before that [`Method::Short`]: three quarters of the price for columns that are nearly orthogonal,
+    /// lost on others.
+    Short,
+    /// This one, accurate or not.
+    Only(Method),
+}
+
+impl Paths {
+    /// What to try on a matrix of which nothing is known: columns of random numbers are nearly orthogonal if it is tall.
+    pub fn of(a: Mat<'_>) -> Self {
+        if a.rows >= 2 * a.cols { Paths::Short } else { Paths::Any }
+    }
 }
 
 /// Equilibrated condition numbers up to which one and two Cholesky passes reach working accuracy.
@@ -64,6 +85,14 @@ pub enum Method {
 fn gate<T: Real>() -> (f64, f64) {
     if T::UNIT > 1e-10 { (3e3, 3e5) } else { (0.0, 30.0) }
 }
+
+/// Up to which `Σ ‖a_i‖²·‖(T⁻¹)_i‖² / r`, which is 1 for orthogonal columns of any lengths, a Gram matrix of short sums
+/// will do: its entries err by some part of a roundoff, and orthogonality then by one to four √r·2⁻²⁴.
+const BENIGN: f64 = 2.0;
+
+/// The same for the product `A·T⁻¹` in single precision: its terms are √ of that times as large as their sums, in the
+/// mean, and so are its errors.
+const SINGLE: f64 = 16.0;
 
 /// The smallest null tolerance that Cholesky's pivots, with errors of about r·2⁻⁵³, can decide.
 const CHOLESKY_TOL: f64 = 1e-6;
@@ -76,7 +105,7 @@ pub(crate) fn factor<'a, T: Real>(
     cx: Context,
     a: Mat<'a>,
     tol: f64,
-    force: Option<Method>,
+    paths: Paths,
 ) -> Result<Factor<'a>, Error> {
     let (n, r) = (a.rows, a.cols);
     if r == 0 {
@@ -98,21 +127,29 @@ pub(crate) fn factor<'a, T: Real>(
             got: (n, r),
         });
     }
-    let (one, two) = match force {
-        None => gate::<T>(),
-        Some(Method::Cholesky) => (f64::INFINITY, f64::INFINITY),
-        Some(Method::CholeskyTwice) => (0.0, f64::INFINITY),
-        Some(Method::Householder) => (0.0, 0.0),
+    let single = T::UNIT > 1e-10;
+    let (short, one, two) = match paths {
+        Paths::Any => (0.0, gate::<T>().0, gate::<T>().1),
+        Paths::Short => (BENIGN.sqrt() * r as f64, gate::<T>().0, gate::<T>().1),
+        Paths::Only(Method::Short) => (f64::INFINITY, 0.0, 0.0),
+        Paths::Only(Method::Cholesky) => (0.0, f64::INFINITY, f64::INFINITY),
+        Paths::Only(Method::CholeskyTwice) => (0.0, 0.0, f64::INFINITY),
+        Paths::Only(Method::Householder) => (0.0, 0.0, 0.0),
     };
-    if r > 0 && two > 0.0 {
+    if single && short > 0.0 {
+        let mut s = Scratch::zeros(r * r);
+        symmetric_in::<T>(cx, a, a, &mut s);
+        if let Some(f) = by_cholesky(cx, a, s, tol, (short, 0.0), true)
+            && f.single
+            && !f.null.contains(&true)
+        {
+            return Ok(Factor { method: Method::Short, ..f });
+        }
+    }
+    if two > 0.0 {
         let mut s = Scratch::zeros(r * r);
         gram(cx, a, &mut s);
-        let scale = (0..r).map(|j| s[j * r + j]).fold(0.0, nan_max);
-        // A Gram matrix out of double's comfortable range is Householder's business, which scales its input and tells
-        // overflow from NaN.
-        if (1e-200..1e200).contains(&scale)
-            && let Some(f) = by_cholesky(cx, a, s, scale, tol, (one, two), T::UNIT > 1e-10)
-        {
+        if let Some(f) = by_cholesky(cx, a, s, tol, (one, two), single) {
             return Ok(f);
         }
     }
@@ -137,12 +174,17 @@ fn by_cholesky<'a>(
     cx: Context,
     a: Mat<'a>,
     mut s: Scratch<f64>,
-    scale: f64,
     tol: f64,
     (one, two): (f64, f64),
     single: bool,
 ) -> Option<Factor<'a>> {
     let r = a.cols;
+    let scale = (0..r).map(|j| s[j * r + j]).fold(0.0, nan_max);
+    // A Gram matrix out of double's comfortable range is Householder's business, which scales its input and tells
+    // overflow from NaN.
+    if !(1e-200..1e200).contains(&scale) {
+        return None;
+    }
     let norms: Vec<f64> = (0..r).map(|j| s[j * r + j].sqrt()).collect();
     let kept = single.then(|| {
         let mut kept = Scratch::new(r * r);
@@ -167,8 +209,9 @@ fn by_cholesky<'a>(
             t: s,
             null,
             method: Method::Cholesky,
-            // The product's terms are √(weighted/r) times as large as its entries, in the mean, and so are its errors.
-            single: single && weighted <= 4.0 * r as f64 && norms.iter().all(|x| (1e-12..1e12).contains(x)),
+            single: single
+                && weighted <= SINGLE * r as f64
+                && norms.iter().all(|x| (1e-12..1e12).contains(x)),
             gram: kept,
         });
     }
@@ -261,19 +304,17 @@ pub(crate) fn gram(cx: Context, a: Mat<'_>, s: &mut [f64]) {
 
 /// `AᵀB` in double where that is known to be symmetric, both triangles, row-major.
 fn symmetric(cx: Context, a: Mat<'_>, b: Mat<'_>, s: &mut [f64]) {
+    symmetric_in::<f64>(cx, a, b, s);
+}
+
+/// [`symmetric`], short sums of the terms in `T`, those sums' sums in double.
+fn symmetric_in<T: Real>(cx: Context, a: Mat<'_>, b: Mat<'_>, s: &mut [f64]) {
     let r = a.cols;
-    let lhs = Packed::<f64>::new(cx, a.t());
-    Product {
-        lhs: &lhs,
-        rhs: Terms::one(b),
-        out: MatMut::row_major(s, r, r).t(), // (i, j) with i ≤ j of the transpose: the lower triangle
-        alpha: 1.0,
-        beta: 0.0,
-        plus: Terms::none(),
-        sums: None,
-        region: Region::Upper,
-    }
-    .run(cx);
+    let lhs = Packed::<T>::new(cx, a.t());
+    // (i, j) with i ≤ j of the transpose: the lower triangle
+    let out = MatMut::row_major(s, r, r).t();
+    let joined = T::UNIT > f64::UNIT;
+    Product { region: Region::Upper, joined, ..Product::new(&lhs, Terms::one(b), out) }.run(cx);
     for i in 0..r {
         for j in 0..i {
             s[j * r + i] = s[i * r + j];
@@ -285,17 +326,7 @@ fn symmetric(cx: Context, a: Mat<'_>, b: Mat<'_>, s: &mut [f64]) {
 fn times_upper<T: Real>(cx: Context, a: Mat<'_>, upper: &[f64], out: MatMut<'_>) {
     let r = a.cols;
     let lhs = Packed::<T>::new(cx, Mat::row_major(upper, r, r).t());
-    Product {
-        lhs: &lhs,
-        rhs: Terms::one(a.t()),
-        out: out.t(),
-        alpha: 1.0,
-        beta: 0.0,
-        plus: Terms::none(),
-        sums: None,
-        region: Region::LowerLhs,
-    }
-    .run(cx);
+    Product { region: Region::LowerLhs, ..Product::new(&lhs, Terms::one(a.t()), out.t()) }.run(cx);
 }
 
 /// `out ← a`, converted.
@@ -329,10 +360,10 @@ pub fn qr<T: Real>(
     v: MatMut<'_>,
     t: Option<&mut [f64]>,
     tol: f64,
-    force: Option<Method>,
+    paths: Paths,
 ) -> Result<(Vec<bool>, Method), Error> {
     check_out(a, &v, t.as_deref())?;
-    let f = factor::<T>(cx, a, tol, force)?;
+    let f = factor::<T>(cx, a, tol, paths)?;
     f.orthonormal(cx, v);
     if let Some(t) = t {
         t.copy_from_slice(&f.t);
@@ -346,7 +377,7 @@ pub fn qr<T: Real>(
 /// As [`qr`].
 pub fn polar<T: Real>(cx: Context, a: Mat<'_>, v: MatMut<'_>, tol: f64) -> Result<Vec<bool>, Error> {
     check_out(a, &v, None)?;
-    let f = factor::<T>(cx, a, tol, None)?;
+    let f = factor::<T>(cx, a, tol, Paths::of(a))?;
     f.polar::<T>(cx, v);
     Ok(f.null)
 }

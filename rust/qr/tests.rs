@@ -20,7 +20,7 @@ fn with_condition(n: usize, r: usize, kappa: f64, seed: u64) -> Vec<f64> {
             MatMut::row_major(&mut q, rows, r),
             None,
             0.0,
-            Some(Method::Householder),
+            Paths::Only(Method::Householder),
         )
         .unwrap();
         q
@@ -67,7 +67,8 @@ fn ratios<T: Real>(
     let av = Mat::new(a, (n, r), order(layout.0)).unwrap();
     let (mut v, mut t) = (vec![T::of(f64::NAN); n * r], vec![f64::NAN; r * r]);
     let out = MatMut::new(&mut v, (n, r), order(layout.1)).unwrap();
-    let (null, method) = qr::<T>(cx, av, out, Some(&mut t), T::UNIT, force).unwrap();
+    let paths = force.map_or(Paths::of(av), Paths::Only);
+    let (null, method) = qr::<T>(cx, av, out, Some(&mut t), T::UNIT, paths).unwrap();
     let v = Mat::new(&v, (n, r), order(layout.1)).unwrap();
     let mut orthogonality = 0.0;
     for i in 0..r {
@@ -138,9 +139,70 @@ fn every_method_where_it_is_valid() {
     let path = |kappa| {
         ratios::<f32>(cx, &stored(&with_condition(300, 50, kappa, 3)), 300, 50, (true, true), None).method
     };
+    assert_eq!(path(2.0), Method::Short);
     assert_eq!(path(10.0), Method::Cholesky);
     assert_eq!(path(3e4), Method::CholeskyTwice);
     assert_eq!(path(1e7), Method::Householder);
+}
+
+#[test]
+fn gram_matrices_of_short_sums_err_by_a_roundoff_on_every_level_and_in_every_layout() {
+    for isa in Isa::available() {
+        for threads in [1, 3] {
+            let cx = Context { isa, threads, half: false };
+            for (n, r) in
+                [(0, 3), (1, 1), (63, 5), (64, 16), (65, 17), (255, 49), (256, 24), (257, 100), (700, 33)]
+            {
+                let a: Vec<f32> = stored(&noise(n as u64, n * r));
+                for strides in [(r, 1), (1, n)] {
+                    let a = Mat::new(&a, (n, r), strides).unwrap();
+                    let mut s = vec![f64::NAN; r * r];
+                    symmetric_in::<f32>(cx, a, a, &mut s);
+                    let exact = crate::gemm::tests::naive(a.t(), a);
+                    for i in 0..r {
+                        for j in 0..r {
+                            let size = (exact[i * r + i] * exact[j * r + j]).sqrt();
+                            let error = (s[i * r + j] - exact[i * r + j]).abs();
+                            assert!(
+                                error <= 8.0 * f32::UNIT * size,
+                                "{n}x{r} ({i}, {j}): {error} of {size}, {isa:?}"
+                            );
+                            assert_eq!(s[i * r + j].to_bits(), s[j * r + i].to_bits());
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn short_sums_cost_a_few_roundoffs_and_are_left_where_they_would_cost_more() {
+    let cx = Context::new(2);
+    for (n, r) in [(64, 16), (97, 31), (200, 100), (384, 24), (700, 96), (1500, 10)] {
+        for kappa in [1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 100.0] {
+            let mut a = with_condition(n, r, kappa, 13);
+            // Columns of very different lengths are as good as others.
+            for row in a.chunks_exact_mut(r) {
+                row.iter_mut().enumerate().for_each(|(j, x)| *x *= 10f64.powi(j as i32 % 5 - 2));
+            }
+            let view = stored::<f32>(&a);
+            let got = ratios::<f32>(cx, &view, n, r, (true, true), None);
+            assert!(got.method == Method::Short || kappa > 1.5, "{n}x{r} κ {kappa}: {:?}", got.method);
+            assert!(
+                got.method != Method::Short || got.orthogonality < 6.0,
+                "{n}x{r} κ {kappa}: {}",
+                got.orthogonality
+            );
+            assert_good(&got, "f32");
+        }
+    }
+    // Rademacher's functions are orthogonal, and a constant's partial sums all round the same way.
+    let sign = |i: usize, j: usize| if i >> j & 1 == 1 { -0.1 } else { 0.1 };
+    let a: Vec<f64> = (0..512 * 6).map(|k| sign(k / 6, k % 6) * (1 + k % 6) as f64).collect();
+    let got = ratios::<f32>(cx, &stored(&a), 512, 6, (true, true), None);
+    assert_eq!(got.method, Method::Short);
+    assert_good(&got, "constants");
 }
 
 #[test]
@@ -202,7 +264,8 @@ fn non_finite_input_is_refused_before_anything_is_written() {
             a[13] = bad;
             let mut v = vec![7.0f32; 40];
             let out = MatMut::row_major(&mut v, 10, 4);
-            let got = qr::<f32>(Context::new(1), Mat::row_major(&a, 10, 4), out, None, 0.0, force);
+            let paths = force.map_or(Paths::Short, Paths::Only);
+            let got = qr::<f32>(Context::new(1), Mat::row_major(&a, 10, 4), out, None, 0.0, paths);
             assert_eq!(got.unwrap_err(), Error::NonFinite { what: "the matrix" });
             assert!(v.iter().all(|&x| x == 7.0));
         }
@@ -211,12 +274,13 @@ fn non_finite_input_is_refused_before_anything_is_written() {
 
 #[test]
 fn threads_give_the_same_bits() {
-    for kappa in [10.0, 1e5, 1e8] {
+    for kappa in [1.5, 10.0, 1e5, 1e8] {
         let a = stored::<f32>(&with_condition(500, 100, kappa, 11));
         let run = |threads| {
             let mut v = vec![0.0f32; 50_000];
             let out = MatMut::row_major(&mut v, 500, 100);
-            qr::<f32>(Context::new(threads), Mat::row_major(&a, 500, 100), out, None, 0.0, None).unwrap();
+            let paths = Paths::Short;
+            qr::<f32>(Context::new(threads), Mat::row_major(&a, 500, 100), out, None, 0.0, paths).unwrap();
             v
         };
         assert_eq!(run(1), run(2));
@@ -324,14 +388,21 @@ fn no_columns_subnormal_input_and_hopeless_conditioning() {
     let cx = Context::new(1);
     let mut none: [f64; 0] = [];
     let empty = Mat::new(&[0.0f64; 0], (5, 0), (0, 1)).unwrap();
-    qr::<f64>(cx, empty, MatMut::new(&mut none, (5, 0), (0, 1)).unwrap(), Some(&mut []), 0.0, None).unwrap();
+    qr::<f64>(cx, empty, MatMut::new(&mut none, (5, 0), (0, 1)).unwrap(), Some(&mut []), 0.0, Paths::Any)
+        .unwrap();
     let mut none: [f64; 0] = [];
     polar::<f64>(cx, empty, MatMut::new(&mut none, (5, 0), (0, 1)).unwrap(), 0.0).unwrap();
     let tiny: Vec<f64> = noise(1, 100).iter().map(|x| x * 1e-310).collect();
     let mut v = vec![0.0f64; 100];
-    let (null, _) =
-        qr::<f64>(cx, Mat::row_major(&tiny, 20, 5), MatMut::row_major(&mut v, 20, 5), None, 1e-14, None)
-            .unwrap();
+    let (null, _) = qr::<f64>(
+        cx,
+        Mat::row_major(&tiny, 20, 5),
+        MatMut::row_major(&mut v, 20, 5),
+        None,
+        1e-14,
+        Paths::Any,
+    )
+    .unwrap();
     assert!(null.iter().all(|n| !n) && v.iter().all(|x| x.is_finite()));
     let mut graded = noise(2, 100);
     graded.iter_mut().skip(1).step_by(5).for_each(|x| *x *= 1e-80);

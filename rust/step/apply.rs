@@ -4,7 +4,7 @@
 //! normalised tail's panel, which stays in the second-level cache for up to some thousands of columns.
 
 use super::{Noise, Options, Tail};
-use crate::gemm::{Context, Packed, Product, Region, Terms};
+use crate::gemm::{Context, Packed, Product, Terms};
 use crate::isa::{Kernel, Level};
 use crate::pool;
 use crate::scalar::Real;
@@ -50,8 +50,7 @@ impl<'a, T: Real> Side<'a, T> {
                 (&own, self.view.t(), out, plus)
             }
         };
-        Product { lhs, rhs: Terms::one(rhs), out, alpha, beta, plus, sums: None, region: Region::All }
-            .run(cx);
+        Product { alpha, beta, plus, ..Product::new(lhs, Terms::one(rhs), out) }.run(cx);
     }
 }
 

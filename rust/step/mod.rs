@@ -23,7 +23,7 @@ use crate::error::Error;
 use crate::gemm::{Context, Packed, Product, Region, Terms, gemm_region};
 use crate::isa::{Kernel, Level};
 use crate::pool;
-use crate::qr;
+use crate::qr::{self, Paths};
 use crate::scalar::Real;
 use crate::scratch::Scratch;
 use crate::view::{Mat, MatMut};
@@ -245,7 +245,7 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     };
     let b = unscaled.scaled(size);
     let mut orthonormal = Scratch::<T>::new(m * r);
-    let Ok(factor) = qr::factor::<T>(cx, Mat::row_major(&p, m, r), noise.left, None) else {
+    let Ok(factor) = qr::factor::<T>(cx, Mat::row_major(&p, m, r), noise.left, Paths::Any) else {
         return skipped;
     };
     factor.orthonormal(cx, MatMut::row_major(&mut orthonormal, m, r));
@@ -327,14 +327,8 @@ fn project<T: Real>(
     let mut size = 1.0;
     for attempt in 0..2 {
         Product {
-            lhs: &lhs,
-            rhs: b.scaled(size).t(),
-            out: MatMut::row_major(p, m, r).t(),
-            alpha: 1.0,
-            beta: 0.0,
-            plus: Terms::none(),
             sums: row_energy.as_deref_mut(),
-            region: Region::All,
+            ..Product::new(&lhs, b.scaled(size).t(), MatMut::row_major(p, m, r).t())
         }
         .run(cx);
         let largest = cx.isa.run(Largest { x: p });
@@ -372,17 +366,7 @@ fn project_back<T: Real>(
     sums: Option<&mut [f64]>,
 ) {
     let (r, n) = (packed.rows, terms.shape().map_or(0, |s| s.1));
-    Product {
-        lhs: packed,
-        rhs: terms,
-        out: MatMut::row_major(out, n, r).t(),
-        alpha: 1.0,
-        beta: 0.0,
-        plus: Terms::none(),
-        sums,
-        region: Region::All,
-    }
-    .run(cx);
+    Product { sums, ..Product::new(packed, terms, MatMut::row_major(out, n, r).t()) }.run(cx);
 }
 
 /// max |x|, or NaN if one is.
@@ -469,7 +453,7 @@ pub fn power_iteration<T: Real>(
     if k > 0 && project(cx, Terms::one(a), q, &mut sketch, None).is_none() {
         return Err(Error::NonFinite { what: "the matrix or its start Q" });
     }
-    let factor = qr::factor::<T>(cx, Mat::row_major(&sketch, m, k), tol, None)?;
+    let factor = qr::factor::<T>(cx, Mat::row_major(&sketch, m, k), tol, Paths::Any)?;
     factor.orthonormal(cx, p.reborrow());
     gemm_region::<T>(cx, 1.0, a.t(), p.as_ref(), 0.0, r, Region::All);
     Ok(factor.null)

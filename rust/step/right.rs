@@ -4,7 +4,7 @@ use super::{Options, Report};
 use crate::error::Error;
 use crate::gemm::Context;
 use crate::isa::{Kernel, Level};
-use crate::qr;
+use crate::qr::{self, Paths};
 use crate::scalar::Real;
 use crate::scratch::Scratch;
 use crate::view::{Mat, MatMut};
@@ -47,13 +47,14 @@ pub(super) fn right_factor<T: Real>(
             cx.isa.run(ScaleColumns { r, scales: &scales, out: v.raw() });
             null
         }
+        // R's columns are nearly orthogonal once the power iteration has settled; those of B·Q, which is not rotated, are not.
         RightFactor::Qr => {
-            let f = qr::factor::<T>(cx, r, tol, None)?;
+            let f = qr::factor::<T>(cx, r, tol, Paths::Short)?;
             f.orthonormal(cx, v);
             f.null
         }
         RightFactor::Polar => {
-            let f = qr::factor::<T>(cx, r, tol, None)?;
+            let f = qr::factor::<T>(cx, r, tol, Paths::Short)?;
             f.polar::<T>(cx, v);
             f.null
         }
@@ -78,7 +79,7 @@ pub(super) fn keep_null(cx: Context, o: &Options, null: &[bool], mut v: MatMut<'
             // V has lost rank but no column need be zero: take its orthonormal basis, then complete that.
             let (n, r) = (v.as_ref().rows, v.as_ref().cols);
             let mut basis = Scratch::<f64>::new(n * r);
-            let Ok(f) = qr::factor::<f64>(cx, v.as_ref(), 1e-3, Some(qr::Method::Householder)) else {
+            let Ok(f) = qr::factor::<f64>(cx, v.as_ref(), 1e-3, Paths::Only(qr::Method::Householder)) else {
                 return;
             };
             f.orthonormal(cx, MatMut::row_major(&mut basis, n, r));
@@ -99,7 +100,7 @@ impl Right {
             _ => f64::from(self.null.iter().any(|null| !null)),
         };
         report.descent = (0..r.rows).map(|i| (0..k).map(|j| r.get(i, j) * v.get(i, j)).sum::<f64>()).sum();
-        if let Ok(f) = qr::factor::<f32>(cx, r, 1e-6, None) {
+        if let Ok(f) = qr::factor::<f32>(cx, r, 1e-6, Paths::Short) {
             report.nuclear = f.nuclear_norm(cx);
         }
         report.effective_rank = effective_rank(&norms);
