@@ -265,7 +265,8 @@ impl Factor<'_> {
             && !self.null.contains(&true)
             && root::inverse_root(cx, gram, inverse, r, &mut u)
         {
-            gemm::<f64>(cx, 1.0, self.base(), Mat::row_major(&u, r, r), 0.0, out);
+            let product = if self.single { gemm::<f32> } else { gemm::<f64> };
+            product(cx, 1.0, self.base(), Mat::row_major(&u, r, r), 0.0, out);
             return;
         }
         polar::polar_upper(cx, &self.t, &self.null, T::UNIT, &mut u);
@@ -315,9 +316,19 @@ fn symmetric_in<T: Real>(cx: Context, a: Mat<'_>, b: Mat<'_>, s: &mut [f64]) {
     let out = MatMut::row_major(s, r, r).t();
     let joined = T::UNIT > f64::UNIT;
     Product { region: Region::Upper, joined, ..Product::new(&lhs, Terms::one(b), out) }.run(cx);
-    for i in 0..r {
-        for j in 0..i {
-            s[j * r + i] = s[i * r + j];
+    mirror(s, r);
+}
+
+/// Copies the lower triangle of row-major r×r `s` to the upper one, in squares that stay in cache.
+fn mirror<E: Copy>(s: &mut [E], r: usize) {
+    const SIDE: usize = 16;
+    for i0 in (0..r).step_by(SIDE) {
+        for j0 in (0..=i0).step_by(SIDE) {
+            for i in i0..r.min(i0 + SIDE) {
+                for j in j0..i.min(j0 + SIDE) {
+                    s[j * r + i] = s[i * r + j];
+                }
+            }
         }
     }
 }

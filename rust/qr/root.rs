@@ -5,10 +5,11 @@
 //! precision; [`super::polar`] serves the others.
 
 use super::{cholesky, polar, square_norm, symmetric};
-use crate::gemm::Context;
+use crate::gemm::{Context, Packed, Product, Region, Terms};
 use crate::isa::{Kernel, Level};
+use crate::scalar::Element;
 use crate::scratch::Scratch;
-use crate::view::Mat;
+use crate::view::{Mat, MatMut};
 
 /// Where the Gram matrix's condition, estimated from above, ends the use of its root.
 const LIMIT: f64 = 1e7;
@@ -27,29 +28,61 @@ pub(super) fn inverse_root(cx: Context, s: &[f64], inverse: &[f64], r: usize, z:
     let mut l = condition.recip().sqrt().min(1.0);
     let mut a = Scratch::<f64>::new(r * r);
     a.iter_mut().zip(s).for_each(|(a, s)| *a = s / size);
-    let (mut w, mut y) = (Scratch::<f64>::new(r * r), Scratch::<f64>::new(r * r));
+    let (mut w, mut square) = (Scratch::<f64>::new(r * r), Scratch::<f64>::new(r * r));
     let (mut inverse, mut null) = (Scratch::<f64>::new(r * r), vec![false; r]);
     z.fill(0.0);
     (0..r).for_each(|i| z[i * r + i] = size.sqrt().recip());
-    for _ in 0..6 {
-        if finish(cx, &a, &mut w, &mut y, &mut inverse, z) {
+    for taken in 0..6 {
+        if finish(cx, &a, z) {
             return true;
         }
-        // W = (b/c)·I + (a − b/c)·(I + cA)⁻¹,  A ← WAW,  Z ← ZW
+        // With N = (I + cA)⁻¹:  W = keep·I + weight·N,  A ← WAW,  Z ← ZW
         let round = polar::Round::raising(l);
-        y.iter_mut().zip(a.iter()).for_each(|(y, a)| *y = round.c * a);
-        (0..r).for_each(|i| y[i * r + i] += 1.0);
-        cholesky::factor(cx, &mut y, &mut inverse, r, 0.0, &mut null);
+        square.iter_mut().zip(a.iter()).for_each(|(y, a)| *y = round.c * a);
+        (0..r).for_each(|i| square[i * r + i] += 1.0);
+        cholesky::factor(cx, &mut square, &mut inverse, r, 0.0, &mut null);
         symmetric(cx, view(&inverse).t(), view(&inverse).t(), &mut w);
-        w.iter_mut().for_each(|w| *w *= round.weight);
-        (0..r).for_each(|i| w[i * r + i] += round.keep);
-        symmetric(cx, view(&a), view(&w), &mut y);
-        symmetric(cx, view(&w), view(&y), &mut a);
-        symmetric(cx, view(z), view(&w), &mut y);
-        z.copy_from_slice(&y);
+        symmetric(cx, view(&w), view(&w), &mut square);
+        cx.isa.run(Weigh { a: &mut a, w: &mut w, square: &square, r, round: &round });
+        if taken == 0 {
+            z.iter_mut().zip(w.iter()).for_each(|(z, w)| *z = w / size.sqrt());
+        } else {
+            symmetric(cx, view(z), view(&w), &mut square);
+            z.copy_from_slice(&square);
+        }
         l = round.raised;
     }
     false
+}
+
+/// From N in `w` and N² in `square`, W and WAW, the latter without a product, as c·AN = I − N:
+///
+/// ```text
+/// WAW = keep²·A + 2·keep·weight/c·(I − N) + weight²/c·(N − N²)
+/// ```
+struct Weigh<'a> {
+    a: &'a mut [f64],
+    w: &'a mut [f64],
+    square: &'a [f64],
+    r: usize,
+    round: &'a polar::Round,
+}
+
+impl Kernel for Weigh<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let Weigh { a, w, square, r, round: &polar::Round { keep, weight, c, .. } } = self;
+        let (once, twice) = (2.0 * keep * weight / c, weight * weight / c);
+        for ((a, w), square) in a.iter_mut().zip(w.iter_mut()).zip(square) {
+            *a = keep * keep * *a + (twice - once) * *w - twice * square;
+            *w *= weight;
+        }
+        for i in 0..r {
+            a[i * r + i] += once;
+            w[i * r + i] += keep;
+        }
+    }
 }
 
 /// About the largest eigenvalue, never more, of a symmetric `x` or (`factor`) of `xxᵀ`, by power iterations.
@@ -102,9 +135,11 @@ fn view(x: &[f64]) -> Mat<'_> {
 /// that single precision is reached; otherwise false, and `z` is as it was.
 ///
 /// ```text
-/// A = t·(I − E),      (I − E)^(−1/2) = I + E/2 + 3/8·E² + 5/16·E³ + …
+/// A = t·(I − E),      (I − E)^(−1/2) = I + E/2 + 3/8·E² + 5/16·E³ + … = I + F
 /// ```
-fn finish(cx: Context, a: &[f64], e: &mut [f64], e2: &mut [f64], p: &mut [f64], z: &mut [f64]) -> bool {
+///
+/// E and F are small against I, so that products of them err by little of a single's roundoff in single precision too.
+fn finish(cx: Context, a: &[f64], z: &mut [f64]) -> bool {
     const C: [f64; 7] = [1.0, 1.0 / 2.0, 3.0 / 8.0, 5.0 / 16.0, 35.0 / 128.0, 63.0 / 256.0, 231.0 / 1024.0];
     const RADIUS: f64 = 0.09; // its seventh power is 2⁻²⁴
     let r = a.len().isqrt();
@@ -113,24 +148,36 @@ fn finish(cx: Context, a: &[f64], e: &mut [f64], e2: &mut [f64], p: &mut [f64], 
     if square_norm(a) / t.powi(2) - r as f64 > (r as f64).sqrt() * RADIUS.powi(2) {
         return false;
     }
+    let mut e = Scratch::<f32>::new(r * r);
     for (i, (e, a)) in e.chunks_exact_mut(r).zip(a.chunks_exact(r)).enumerate() {
-        e.iter_mut().zip(a).for_each(|(e, a)| *e = -a / t);
-        e[i] += 1.0;
+        e.iter_mut().zip(a).for_each(|(e, a)| *e = (-a / t) as f32);
+        e[i] = (1.0 - a[i] / t) as f32;
     }
-    symmetric(cx, view(e), view(e), e2);
-    if square_norm(e2).sqrt() > RADIUS.powi(2) {
+    let (mut e2, mut f) = (Scratch::<f32>::new(r * r), Scratch::<f32>::new(r * r));
+    let mut next = Scratch::<f32>::new(r * r);
+    symmetric_small(cx, &e, &e, Terms::none(), &mut e2);
+    if e2.iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt() > RADIUS.powi(2) {
         return false; // ‖E‖₂ ≤ ‖E²‖^½
     }
-    let mut next = Scratch::<f64>::new(r * r);
-    p.iter_mut().zip(e.iter().zip(e2.iter())).for_each(|(p, (e, e2))| *p = C[5] * e + C[6] * e2);
+    let (ev, ev2) = (Mat::row_major(&e, r, r), Mat::row_major(&e2, r, r));
+    f.iter_mut()
+        .zip(e.iter().zip(e2.iter()))
+        .for_each(|(f, (e, e2))| *f = C[5] as f32 * e + C[6] as f32 * e2);
     for odd in [3, 1] {
-        symmetric(cx, view(e2), view(p), &mut next);
-        for (k, p) in p.iter_mut().enumerate() {
-            *p = C[odd] * e[k] + C[odd + 1] * e2[k] + next[k];
-        }
+        symmetric_small(cx, &e2, &f, Terms::two(C[odd], ev, C[odd + 1], ev2), &mut next);
+        std::mem::swap(&mut f, &mut next);
     }
-    (0..r).for_each(|i| p[i * r + i] += C[0]);
-    symmetric(cx, view(z), view(p), &mut next);
-    z.iter_mut().zip(next.iter()).for_each(|(z, x)| *z = x / t.sqrt());
+    // Z commutes with A, so that ZF is symmetric.
+    symmetric_small(cx, z, &f, Terms::none(), &mut next);
+    z.iter_mut().zip(next.iter()).for_each(|(z, x)| *z = (*z + f64::from(*x)) / t.sqrt());
     true
+}
+
+/// `out ← AB + plus` in single precision for symmetric r×r A, B that commute.
+fn symmetric_small<E: Element>(cx: Context, a: &[E], b: &[f32], plus: Terms<'_>, out: &mut [f32]) {
+    let r = b.len().isqrt();
+    let lhs = Packed::<f32>::new(cx, Mat::row_major(a, r, r));
+    let (rhs, whole) = (Terms::one(Mat::row_major(b, r, r)), MatMut::row_major(out, r, r).t());
+    Product { plus: plus.t(), region: Region::Upper, ..Product::new(&lhs, rhs, whole) }.run(cx);
+    super::mirror(out, r);
 }
