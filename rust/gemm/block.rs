@@ -122,11 +122,9 @@ pub(super) unsafe fn block<T: Real, L: Level>(
         let mut i = 0;
         while i < mi {
             let rows = mr.min(mi - i);
-            let depth = match b.region {
-                Region::LowerLhs => (i0 + i + rows).saturating_sub(k0).min(kc),
-                _ => kc,
-            };
-            let wanted = b.region != Region::Upper || i0 + i < j0 + j + L::NR;
+            let (from, to) = b.reduction((i0 + i, rows), (j0 + j, L::NR), (k0, kc));
+            let depth = to - from;
+            let wanted = b.wants((i0 + i, rows), (j0 + j, L::NR));
             if last {
                 b.ask_for_epilogue((i0 + i, j0 + j), rows, L::NR.min(nj - j));
             }
@@ -134,7 +132,8 @@ pub(super) unsafe fn block<T: Real, L: Level>(
             if wanted && (depth > 0 || k0 == 0) {
                 // SAFETY: the panels exist and the accumulators hold whole tiles.
                 unsafe {
-                    let (lhs, rhs) = (b.lhs.panel(i0 + i, k0, kc), packed.add(j * T::KC));
+                    let lhs = b.lhs.panel(i0 + i, k0, kc).add(from * rows);
+                    let rhs = packed.add(j * T::KC + if k_major { from } else { from * L::NR });
                     if b.joined {
                         for s in (0..depth).step_by(SHORT) {
                             let rhs = rhs.add(if k_major { s } else { s * L::NR });
@@ -197,6 +196,33 @@ unsafe fn block_of_pairs<T: Real>(
 }
 
 impl<T: Real> Body<'_, '_, T> {
+    /// Whether anything of rows `i..i+rows`, columns `j..j+columns` is wanted.
+    #[inline(always)]
+    pub(super) fn wants(&self, (i, rows): (usize, usize), (j, columns): (usize, usize)) -> bool {
+        match self.region {
+            Region::Upper => i < j + columns,
+            Region::Lower => i + rows > j,
+            _ => true,
+        }
+    }
+
+    /// What of the reductions `k0..k0+kc` such a tile needs, counted from `k0`.
+    #[inline(always)]
+    fn reduction(
+        &self,
+        (i, rows): (usize, usize),
+        (j, columns): (usize, usize),
+        (k0, kc): (usize, usize),
+    ) -> (usize, usize) {
+        let within = |k: usize| k.saturating_sub(k0).min(kc);
+        match self.region {
+            Region::LowerLhs => (0, within(i + rows)),
+            Region::UpperRhs => (0, within(j + columns)),
+            Region::LowerRhs => (within(j), kc),
+            _ => (0, kc),
+        }
+    }
+
     /// Asks for what the epilogue will read of a tile of `rows` (padded) by `columns`.
     #[inline(always)]
     fn ask_for_epilogue(&self, (i, j): (usize, usize), rows: usize, columns: usize) {
@@ -232,17 +258,22 @@ pub(super) unsafe fn emit<T: Real>(
     (j0, nj): (usize, usize),
     buffers: &mut Buffers<T>,
 ) {
+    let rows = mi.min(b.lhs.rows - i0);
     for j in 0..nj {
-        let mut rows = mi.min(b.lhs.rows - i0);
-        if b.region == Region::Upper {
-            rows = rows.min((j0 + j + 1).saturating_sub(i0));
-        }
-        // SAFETY: `rows` elements of line `j` of an accumulator, and of column `j0 + j` of `out` and `plus`.
+        let diagonal = (j0 + j).saturating_sub(i0);
+        let (from, to) = match b.region {
+            Region::Upper => (0, rows.min((j0 + j + 1).saturating_sub(i0))),
+            Region::Lower => (rows.min(diagonal), rows),
+            _ => (0, rows),
+        };
+        // SAFETY: those elements of line `j` of an accumulator, and of column `j0 + j` of `out` and `plus`.
         unsafe {
             if b.joined {
-                Line::down(b.epilogue.out, i0, j0 + j).write(buffers.joined.as_ptr().add(j * mi), rows);
+                let sums = buffers.joined.as_ptr().add(j * mi + from);
+                Line::down(b.epilogue.out, i0 + from, j0 + j).write(sums, to - from);
             } else {
-                b.epilogue.line((i0, j0 + j), buffers.acc.as_mut_ptr().add(j * mi), rows);
+                let sums = buffers.acc.as_mut_ptr().add(j * mi + from);
+                b.epilogue.line((i0 + from, j0 + j), sums, to - from);
             }
         }
     }

@@ -19,8 +19,14 @@ pub(crate) enum Region {
     All,
     /// Only tiles that touch `i ≤ j` are computed; the others keep what they had.
     Upper,
-    /// `lhs[i, k]` is zero for `k > i` and not read there.
+    /// Only tiles that touch `i ≥ j`.
+    Lower,
+    /// `lhs[i, k]` is zero for `k > i` and not used there.
     LowerLhs,
+    /// `rhs[k, j]` is zero for `k < j` and not used there.
+    LowerRhs,
+    /// `rhs[k, j]` is zero for `k > j` and not used there.
+    UpperRhs,
 }
 
 /// `out ← β·out + α·(lhs·rhs) + plus`; see the module.
@@ -92,7 +98,7 @@ impl<'a, 'b, T: Real> Product<'a, 'b, T> {
         let work = i as f64 * j as f64 * (self.lhs.depth + 8) as f64;
         let threads = cx.threads.min(1 + (work / 1e6) as usize);
         // A triangle's columns cost unequally: smaller shares, taken as threads become free.
-        let shares = if self.region == Region::Upper { 4 * threads } else { threads };
+        let shares = if matches!(self.region, Region::Upper | Region::Lower) { 4 * threads } else { threads };
         let share = j.div_ceil(if threads > 1 { shares } else { 1 }).next_multiple_of(24);
         pool::for_each(threads, j.div_ceil(share), &|t| {
             cx.isa.run(Columns { body: &body, range: t * share..j.min((t + 1) * share) });
@@ -154,7 +160,7 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
             let mut j0 = self.range.start;
             while j0 < self.range.end {
                 let nj = nc.min(self.range.end - j0);
-                if b.region != Region::Upper || i0 < j0 + nj {
+                if b.wants((i0, mi), (j0, nj)) {
                     // SAFETY: block (i0, j0) lies inside the operands; the scratch buffers have the sizes that the
                     // block needs; this thread alone writes columns j0.. of `out` and of `sums`.
                     unsafe {

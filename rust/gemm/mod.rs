@@ -140,26 +140,13 @@ unsafe fn rank_one<T: Real, S: Simd<T>, const MV: usize, const NR: usize>(
 /// # Panics
 /// If the shapes do not fit.
 pub fn gemm<T: Real>(cx: Context, alpha: f64, a: Mat<'_>, b: Mat<'_>, beta: f64, c: MatMut<'_>) {
-    gemm_region::<T>(cx, alpha, a, b, beta, c, Region::All);
-}
-
-/// [`gemm`] that may leave out what the caller knows to be symmetric or zero.
-pub(crate) fn gemm_region<T: Real>(
-    cx: Context,
-    alpha: f64,
-    a: Mat<'_>,
-    b: Mat<'_>,
-    beta: f64,
-    c: MatMut<'_>,
-    region: Region,
-) {
     let shape = (c.as_ref().rows, c.as_ref().cols);
     assert_eq!((a.rows, b.cols, a.cols), (shape.0, shape.1, b.rows), "C is A's rows by B's columns");
     // The driver's vectors run along `out`'s rows: hand it the transpose of a row-major C.
     let along_rows = c.as_ref().rs == 1 && (c.as_ref().cs != 1 || shape.0 >= shape.1);
     let (lhs, rhs, out) = if along_rows { (a, b, c) } else { (b.t(), a.t(), c.t()) };
     let lhs = Packed::<T>::new(cx, lhs);
-    Product { alpha, beta, region, ..Product::new(&lhs, Terms::one(rhs), out) }.run(cx);
+    Product { alpha, beta, ..Product::new(&lhs, Terms::one(rhs), out) }.run(cx);
 }
 
 #[cfg(test)]

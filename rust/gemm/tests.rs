@@ -162,6 +162,59 @@ fn combined_right_side_sums_and_added_terms() {
     }
 }
 
+#[test]
+fn regions_leave_out_only_what_is_zero_or_not_wanted() {
+    use Region::{All, Lower, LowerLhs, LowerRhs, Upper, UpperRhs};
+    fn one<T: Real>(cx: Context, n: usize, region: Region, rhs_row_major: bool) {
+        let zero_unless = |keep: fn(usize, usize) -> bool, mut x: Vec<f64>| {
+            x.iter_mut().enumerate().filter(|(at, _)| !keep(at / n, at % n)).for_each(|(_, x)| *x = 0.0);
+            x
+        };
+        let (mut a, mut b, c) = (noise(1, n * n), noise(2, n * n), noise(3, n * n));
+        match region {
+            LowerLhs => a = zero_unless(|i, k| k <= i, a),
+            LowerRhs => b = zero_unless(|k, j| k >= j, b),
+            UpperRhs => b = zero_unless(|k, j| k <= j, b),
+            All | Upper | Lower => {}
+        }
+        let (a, mut c): (Vec<T>, Vec<T>) = (to(&a), to(&c));
+        let b: Vec<T> = if rhs_row_major {
+            to(&b)
+        } else {
+            to(&(0..n * n).map(|at| b[at % n * n + at / n]).collect::<Vec<_>>())
+        };
+        let (a, b) = (Mat::row_major(&a, n, n), Mat::row_major(&b, n, n));
+        let b = if rhs_row_major { b } else { b.t() };
+        let (before, exact) = (c.clone(), naive(a, b));
+        let lhs = Packed::<T>::new(cx, a);
+        let out = MatMut::row_major(&mut c, n, n).t();
+        Product { alpha: 2.0, beta: 0.5, region, ..Product::new(&lhs, Terms::one(b), out) }.run(cx);
+        for i in 0..n {
+            for j in 0..n {
+                let (got, was) = (c[j * n + i].f64(), before[j * n + i].f64());
+                let wanted = !(region == Upper && i > j || region == Lower && i < j);
+                let want = if wanted { 2.0 * exact[i * n + j] + 0.5 * was } else { was };
+                let error = (got - want).abs();
+                assert!(
+                    error <= 40.0 * n as f64 * T::UNIT,
+                    "{region:?} of {n}, ({i}, {j}): {got} for {want}, {cx:?}"
+                );
+            }
+        }
+    }
+    for isa in Isa::available() {
+        for n in [1, 7, 8, 25, 49, 97, 300] {
+            for region in [All, Upper, Lower, LowerLhs, LowerRhs, UpperRhs] {
+                for (threads, row_major) in [(1, true), (3, false), (2, true)] {
+                    let cx = Context { isa, threads, half: false };
+                    one::<f32>(cx, n, region, row_major);
+                    one::<f64>(cx, n, region, row_major);
+                }
+            }
+        }
+    }
+}
+
 /// bfloat16 products of the rounded operands, by every kernel there is, against the definition on rounded operands.
 #[test]
 fn half_products_are_products_of_rounded_operands() {

@@ -1,6 +1,6 @@
 //! Cholesky factor and its inverse, recursively, so that all but the smallest blocks are products.
 
-use crate::gemm::{Context, gemm};
+use crate::gemm::{Context, Packed, Product, Region, Terms};
 use crate::isa::{Kernel, Level};
 use crate::scratch::Scratch;
 use crate::view::{Mat, MatMut};
@@ -9,7 +9,7 @@ use std::ops::Range;
 /// Up to this size rows fit in registers and products do not pay.
 const BASE: usize = 24;
 
-/// `S = TᵀT`: overwrites `s` (r×r, row-major, symmetric) with the upper triangular T, writes `T⁻¹` into `inverse`.
+/// `S = TᵀT`: overwrites `s` (r×r, row-major, symmetric, of which the upper triangle is read) with the upper triangular T, writes `T⁻¹` into `inverse`.
 ///
 /// A pivot `T_jj² ≤ threshold` makes direction `j` null: its row of T, and its row and column of the inverse, are zero, and
 /// the later directions are factored as if it were not there.
@@ -51,14 +51,15 @@ fn recurse(
     {
         let i11 = part(inverse, r, lo..mid, lo..mid);
         let out = MatMut::row_major(&mut t12, h1, h2);
-        gemm::<f64>(cx, 1.0, i11.t(), part(s, r, lo..mid, mid..hi), 0.0, out);
+        product(cx, 1.0, i11.t(), part(s, r, lo..mid, mid..hi), 0.0, out, Region::UpperRhs);
     }
     for i in 0..h1 {
         s[(lo + i) * r + mid..(lo + i) * r + hi].copy_from_slice(&t12[i * h2..(i + 1) * h2]);
     }
     // S₂₂ ← S₂₂ − T₁₂ᵀ T₁₂
     let t12 = Mat::row_major(&t12, h1, h2);
-    gemm::<f64>(cx, -1.0, t12.t(), t12, 1.0, part_mut(s, r, mid..hi, mid..hi));
+    let s22 = part_mut(s, r, mid..hi, mid..hi);
+    product(cx, -1.0, t12.t(), t12, 1.0, s22, Region::Lower);
     recurse(cx, s, inverse, r, mid..hi, threshold, null);
     join(cx, s, inverse, r, lo, mid, hi);
 }
@@ -90,13 +91,19 @@ fn join(cx: Context, t: &[f64], inverse: &mut [f64], r: usize, lo: usize, mid: u
     let mut half = Scratch::<f64>::new(h1 * h2);
     let t12 = part(t, r, lo..mid, mid..hi);
     let out = MatMut::row_major(&mut half, h1, h2);
-    gemm::<f64>(cx, -1.0, part(inverse, r, lo..mid, lo..mid), t12, 0.0, out);
+    product(cx, -1.0, part(inverse, r, lo..mid, lo..mid), t12, 0.0, out, Region::LowerRhs);
     let mut whole = Scratch::<f64>::new(h1 * h2);
     let (half, out) = (Mat::row_major(&half, h1, h2), MatMut::row_major(&mut whole, h1, h2));
-    gemm::<f64>(cx, 1.0, half, part(inverse, r, mid..hi, mid..hi), 0.0, out);
+    product(cx, 1.0, half, part(inverse, r, mid..hi, mid..hi), 0.0, out, Region::LowerLhs);
     for i in 0..h1 {
         inverse[(lo + i) * r + mid..(lo + i) * r + hi].copy_from_slice(&whole[i * h2..(i + 1) * h2]);
     }
+}
+
+/// `C ← βC + αAB` of row-major matrices; `region` speaks of the transposed product, `Cᵀ = βCᵀ + αBᵀAᵀ`.
+fn product(cx: Context, alpha: f64, a: Mat<'_>, b: Mat<'_>, beta: f64, c: MatMut<'_>, region: Region) {
+    let lhs = Packed::<f64>::new(cx, b.t());
+    Product { alpha, beta, region, ..Product::new(&lhs, Terms::one(a.t()), c.t()) }.run(cx);
 }
 
 fn part(s: &[f64], r: usize, rows: Range<usize>, cols: Range<usize>) -> Mat<'_> {

@@ -20,7 +20,7 @@ mod right;
 pub use right::RightFactor;
 
 use crate::error::Error;
-use crate::gemm::{Context, Packed, Product, Region, Terms, gemm_region};
+use crate::gemm::{Context, Packed, Product, Terms, gemm};
 use crate::isa::{Kernel, Level};
 use crate::pool;
 use crate::qr::{self, Paths};
@@ -455,7 +455,7 @@ pub fn power_iteration<T: Real>(
     }
     let factor = qr::factor::<T>(cx, Mat::row_major(&sketch, m, k), tol, Paths::Any)?;
     factor.orthonormal(cx, p.reborrow());
-    gemm_region::<T>(cx, 1.0, a.t(), p.as_ref(), 0.0, r, Region::All);
+    gemm::<T>(cx, 1.0, a.t(), p.as_ref(), 0.0, r);
     Ok(factor.null)
 }
 
