@@ -160,6 +160,8 @@ def _peers(
         }
     except ImportError:
         return peers, [*missing, "microsoft/dion is not importable"]
+    # Its compiled functions are specialised to a rank, and their number is bounded: those of the case before make room.
+    torch.compiler.reset()
     for name, make in made.items():
         try:
             step = make()
