@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from orthdion import _core
 
-from .timing import alternate
+from .timing import Sample, alternate
 
-__all__ = ["Machine", "measure"]
+__all__ = ["Machine", "measure", "meter"]
+
+PRODUCT = 2 * 3072 * 768**2
+COPIED = 2 * 4 * 2**25
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,21 @@ class Machine:
         """The rate of products whose operands may be rounded to bfloat16: float32's, where that is the faster."""
         return max(self.bfloat16, self.float32)
 
+    def now(self, samples: Mapping[str, Sample]) -> Machine:
+        """The same with the rates that :func:`meter`'s calls had among ``samples``: some machines drift by half."""
+        float32, float64, copied = (samples[name].median for name in METER)
+        return replace(
+            self, float32=PRODUCT / float32 / 1e6, float64=PRODUCT / float64 / 1e6, copy=COPIED / copied / 1e6
+        )
+
     def floor(self, m: int, n: int, r: int, products: float = 8.0, rate: float | None = None) -> float:
-        """Milliseconds of ``products·mnr`` flops and of the Cholesky QRs of P and R, two double products each; or of
-        nine passes over a float32 matrix (M and G twice, X and M read and written, G), if those take longer.
+        """Milliseconds of ``products·mnr`` flops and of the Cholesky QRs of P and R, a triangle of a Gram matrix and a
+        triangular product each, all but P's Gram matrix in float32; or of nine passes over a float32 matrix (M and G
+        twice, X and M read and written, G), if those take longer.
         """
-        work = products * m * n * r / (rate or self.float32) + 2.0 * (m + n) * r * r / self.float64
+        m, n = max(m, n), min(m, n)
+        factors = m * r * r / self.float64 + (m + 2 * n) * r * r / self.float32
+        work = products * m * n * r / (rate or self.float32) + factors
         return 1e-6 * max(work, 9 * 4 * m * n / self.copy)
 
 
@@ -56,25 +70,40 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+#: The calls of :func:`meter`.
+METER = ("meter: float32", "meter: float64", "meter: copy")
+
+
+def _product(dtype: torch.dtype) -> Callable[[], object]:
+    a, b = torch.randn(3072, 768).to(dtype), torch.randn(768, 768).to(dtype)
+    out = torch.empty(3072, 768, dtype=dtype)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _copy() -> Callable[[], object]:
+    x, y = torch.randn(2**25), torch.empty(2**25)
+    return lambda: y.copy_(x)
+
+
+def meter() -> dict[str, Callable[[], object]]:
+    """What floors are computed from, to be timed in alternation with what they are floors of."""
+    return dict(zip(METER, (_product(torch.float32), _product(torch.float64), _copy()), strict=True))
+
+
 def measure(seconds: float = 1.0) -> Machine:
     """Runs for about four times ``seconds``."""
 
-    def rate(dtype: torch.dtype) -> float:
-        a, b = torch.randn(3072, 768).to(dtype), torch.randn(768, 768).to(dtype)
-        out = torch.empty(3072, 768, dtype=dtype)
-        sample = alternate({"product": lambda: torch.mm(a, b, out=out)}, seconds)["product"]
-        return 2 * 3072 * 768**2 / sample.low / 1e6
+    def low(f: Callable[[], object]) -> float:
+        return alternate({"": f}, seconds)[""].low
 
-    x, y = torch.randn(2**25), torch.empty(2**25)
-    copied = alternate({"copy": lambda: y.copy_(x)}, seconds)["copy"]
     return Machine(
         processor=_processor(),
         threads=torch.get_num_threads(),
         instruction_set=_core.instruction_sets()[0],
-        float32=rate(torch.float32),
-        float64=rate(torch.float64),
-        bfloat16=rate(torch.bfloat16),
-        copy=2 * 4 * 2**25 / copied.low / 1e6,
+        float32=PRODUCT / low(_product(torch.float32)) / 1e6,
+        float64=PRODUCT / low(_product(torch.float64)) / 1e6,
+        bfloat16=PRODUCT / low(_product(torch.bfloat16)) / 1e6,
+        copy=COPIED / low(_copy()) / 1e6,
         torch=str(torch.__version__),
         commit=_commit(),
     )

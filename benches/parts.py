@@ -5,6 +5,7 @@ to.
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import orthdion
 from orthdion import _core, linalg
 from orthdion.backends.table import operands
 
-from .machine import Machine
+from .machine import METER, Machine, meter
 from .timing import Sample, alternate
 
 __all__ = ["FORMS", "PARTS", "Row", "rows_of"]
@@ -50,6 +51,14 @@ def rows_of(
         yield Row(part, case, name, sample, floors.get(name), peer, ratio, (notes or {}).get(name, ""))
 
 
+def _metered(
+    machine: Machine, candidates: dict[str, Callable[[], object]], seconds: float, least: int = 5
+) -> tuple[Machine, dict[str, Sample]]:
+    """The machine as it was meanwhile, and the samples."""
+    samples = alternate({**candidates, **meter()}, seconds, least)
+    return machine.now(samples), {name: s for name, s in samples.items() if name not in METER}
+
+
 def _randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -73,8 +82,9 @@ def products(machine: Machine, seconds: float) -> Iterator[Row]:
                     table, 1.0, 0.0, False, True, torch.get_num_threads()
                 ),
             }
-            floor = 2 * m * n * r / machine.float32 / 1e6
-            samples = alternate(candidates, seconds)
+            # Not in the same alternation, where it would empty the caches before one of the candidates.
+            now, samples = machine.now(alternate(meter(), seconds / 3)), alternate(candidates, seconds)
+            floor = 2 * m * n * r / now.float32 / 1e6
             yield from rows_of("products", f"{name} {m}×{n}, r = {r}", samples, "torch", dict.fromkeys(samples, floor))
 
 
@@ -89,10 +99,12 @@ def factorisations(machine: Machine, seconds: float) -> Iterator[Row]:
             if name == "polar" and r > 512:
                 continue  # torch's SVD alone would take the whole time of the suite
             peer = "torch.linalg.qr" if name == "QR" else "torch.linalg.svd"
+            now = machine.now(alternate(meter(), seconds / 3))
             samples = alternate({"orthdion": ours, peer: theirs}, seconds, least=3)
             v, w = (ours(), theirs())
             notes = {"orthdion": _orthogonality(v[0] if name == "QR" else v), peer: _orthogonality(w[0])}
-            floor = per * n * r * r / machine.float64 / 1e6
+            # QR: half a product for the Gram matrix and half a one for V; polar: one for V.
+            floor = per * n * r * r / now.float32 / 1e6
             yield from rows_of("factorisations", f"{name} {n}×{r}", samples, peer, {"orthdion": floor}, notes)
 
 
@@ -123,13 +135,17 @@ FORMS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
+#: Seconds a step beyond which a peer is left out of an alternation, which has to call it several times.
+PATIENCE = 2.0
+
+
 def _muon(machine: Machine, shapes: list[tuple[int, int]]) -> tuple[Callable[[], object] | None, str]:
     """A step of torch's Muon, unless it would take all of the suite's time; then why not. Its products are bfloat16."""
     if not hasattr(torch.optim, "Muon"):
         return None, f"torch Muon: torch {torch.__version__} has none"
     small = [(max(s), min(s)) for s in shapes]
     seconds = sum(5 * (4 * m * n * n + 2 * n**3) for m, n in small) / machine.bfloat16 / 1e9
-    if seconds > 2.0:
+    if seconds > PATIENCE:
         return (
             None,
             f"torch Muon: its bfloat16 products run at {machine.bfloat16:.1f} GF/s here, {seconds:.0f} s a step",
@@ -166,11 +182,18 @@ def _peers(
         try:
             step = make()
             for _ in range(3):
+                began = time.perf_counter()
                 step()
+            took = time.perf_counter() - began
         except Exception as e:  # its compilation fails on some machines; the suite goes on and says so
             missing.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0][:100]}")
         else:
-            peers[name] = step
+            if took > PATIENCE:
+                missing.append(
+                    f"{name}: {took:.1f} s a step, its bfloat16 products run at {machine.bfloat16:.1f} GF/s here"
+                )
+            else:
+                peers[name] = step
     return peers, missing
 
 
@@ -179,18 +202,20 @@ def step(machine: Machine, seconds: float) -> Iterator[Row]:
     shapes = _block(768)
     for fraction in (1 / 16, 1 / 8, 1 / 4):
         r = round(768 * fraction)
-        candidates: dict[str, Callable[[], object]] = {}
-        floors: dict[str, float] = {}
-        for name, (options, flops) in FORMS.items():
-            candidates[name] = orthdion.OrthDion(_parameters(shapes), rank_fraction=fraction, **options).step
-            rate = machine.rounded if "bfloat16" in name else None
-            floors[name] = sum(machine.floor(*s, r, flops, rate) for s in shapes)
+        candidates: dict[str, Callable[[], object]] = {
+            name: orthdion.OrthDion(_parameters(shapes), rank_fraction=fraction, **options).step
+            for name, (options, _) in FORMS.items()
+        }
         peers, missing = _peers(machine, shapes, r, 768)
         candidates["AdamW (orthdion)"] = orthdion.Dion([{"params": _parameters(shapes), "algorithm": "adamw"}]).step
+        now, samples = _metered(machine, {**candidates, **peers}, 8 * seconds)
+        floors: dict[str, float] = {}
+        for name, (_, flops) in FORMS.items():
+            rate = now.rounded if "bfloat16" in name else None
+            floors[name] = sum(now.floor(*s, r, flops, rate) for s in shapes)
         # AdamW reads X, G, M, V and writes three of them: 28 bytes an entry.
-        traffic = 28 * sum(m * n for m, n in shapes) / machine.copy / 1e6
+        traffic = 28 * sum(m * n for m, n in shapes) / now.copy / 1e6
         floors |= {"AdamW (orthdion)": traffic, "torch AdamW": traffic}
-        samples = alternate({**candidates, **peers}, 8 * seconds)
         peer = next(p for p in ("microsoft dion_simple", "orthdion reference") if p in samples)
         notes = {name: f"first {s.first:.0f} ms" for name, s in samples.items()}
         yield from rows_of("step", f"GPT block 768, r/d = 1/{round(1 / fraction)}", samples, peer, floors, notes)
@@ -205,8 +230,8 @@ def small(machine: Machine, seconds: float) -> Iterator[Row]:
         "1000 matrices of 64×64": [(64, 64)] * 1000,
     }
     for case, shapes in cases.items():
-        floor = sum(machine.floor(*s, 16) for s in shapes)
-        samples = alternate(
+        now, samples = _metered(
+            machine,
             {
                 "orth-dion": orthdion.OrthDion(_parameters(shapes)).step,
                 "orthdion reference": orthdion.OrthDion(_parameters(shapes), backend="reference").step,
@@ -215,6 +240,7 @@ def small(machine: Machine, seconds: float) -> Iterator[Row]:
             4 * seconds,
             least=3,
         )
+        floor = sum(now.floor(*s, 16) for s in shapes)
         notes = {name: f"first {s.first:.0f} ms" for name, s in samples.items()}
         yield from rows_of("small", case, samples, "orthdion reference", {"orth-dion": floor}, notes)
 
@@ -228,8 +254,8 @@ def scaling(machine: Machine, seconds: float) -> Iterator[Row]:
         muon, _ = _muon(machine, shapes)
         if muon is not None:
             candidates["torch Muon"] = muon
-        samples = alternate(candidates, seconds, least=3)
-        floors = {"orth-dion": sum(machine.floor(*s, r) for s in shapes)}
+        now, samples = _metered(machine, candidates, seconds, least=3)
+        floors = {"orth-dion": sum(now.floor(*s, r) for s in shapes)}
         peer = "torch Muon" if muon is not None else "orth-dion"
         yield from rows_of("scaling", f"GPT block {width}, r = {r}", samples, peer, floors)
 

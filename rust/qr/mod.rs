@@ -1,8 +1,9 @@
 //! Orthonormal factors of tall matrices.
 //!
-//! It runs in double precision, whatever the input is stored in (only a benign last product in the input's own): a
-//! product of two singles is exact in double, so one Cholesky QR of a float32 matrix with condition κ leaves an
-//! orthogonality error of about κ²·2⁻⁵³, below float32's own roundoff up to κ ≈ 10⁴, for the price of two products.
+//! It runs in double precision, whatever the input is stored in, but for what benign float32 input does not need it for
+//! ([`Method::Short`], and the last product): a product of two singles is exact in double, so one Cholesky QR of a
+//! float32 matrix with condition κ leaves an orthogonality error of about κ²·2⁻⁵³, below float32's own roundoff up to
+//! κ ≈ 10⁴, for the price of two products.
 //! [`factor`] estimates κ from the triangular factor it has anyway and takes a second pass, or Householder reflections,
 //! where one does not suffice.
 //!
