@@ -104,7 +104,7 @@ def _write(machine: Machine, rows: list[Row], out: Path) -> None:
         for i, r in enumerate(here):
             if r.floor:
                 axis.plot([r.floor, r.floor], [i - 0.4, i + 0.4], color="#D55E00", linewidth=2)
-        axis.set(title=case, xlabel="ms a step (orange: its floor)", xscale="log")
+        axis.set(title=case, xlabel="ms a step (orange: its floor)")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "bench.png", dpi=130)
     pyplot.close(figure)
