@@ -134,15 +134,16 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
         // A reduction of one block is finished strip by strip, while its sums are in the first-level cache; a longer one
         // revisits its accumulator, which then should cover long lines of the right side.
         let rounding = b.lhs.rounding;
+        let pairs = matches!(rounding, Rounding::Pairs(_));
         let nc = match b.lhs.depth <= T::KC {
-            true if matches!(rounding, Rounding::Pairs(_)) => 2 * pairs::COLUMNS,
+            true if pairs => 2 * pairs::COLUMNS,
             true if b.k_major => L::NR,
             // A line along the right side's rows that is one tile long would cost more to begin than to read.
             true => 8 * L::NR,
-            // Two tiles of the widest kind, or four: packed they are 50 or 100 KB, beside what is asked for ahead.
-            false => (ACC / mc / 48 * 48).clamp(48, 96),
+            // A multiple of every tile's width. What is asked for ahead must fit into the second-level cache beside the
+            // block itself, which in single precision has at most 100 KB; pairs ask for nothing and want long lines.
+            false => (ACC / mc / 48 * 48).clamp(48, if pairs { 384 } else { 96 }),
         };
-        let pairs = matches!(rounding, Rounding::Pairs(_));
         let mut buffers = Buffers {
             packed: Scratch::new(nc * T::KC),
             line: Scratch::new(2 * nc),
