@@ -14,7 +14,10 @@ from orthdion import _core
 
 from .timing import Sample, alternate
 
-__all__ = ["Machine", "measure", "meter"]
+__all__ = ["METER", "Machine", "measure"]
+
+#: What the names of :meth:`Machine.meter`'s calls begin with.
+METER = "meter: "
 
 PRODUCT = 2 * 3072 * 768**2
 COPIED = 2 * 4 * 2**25
@@ -39,12 +42,19 @@ class Machine:
         """The rate of products whose operands may be rounded to bfloat16: float32's, where that is the faster."""
         return max(self.bfloat16, self.float32)
 
+    def meter(self) -> dict[str, Callable[[], object]]:
+        """What floors are computed from, to be timed in alternation with what they are floors of. The copy comes first,
+        so that caches are not left empty for the first of the candidates.
+        """
+        calls = {"copy": _copy(), "float32": _product(torch.float32), "float64": _product(torch.float64)}
+        if self.bfloat16 > self.float32:
+            calls["bfloat16"] = _product(torch.bfloat16)
+        return {METER + name: call for name, call in calls.items()}
+
     def now(self, samples: Mapping[str, Sample]) -> Machine:
-        """The same with the rates that :func:`meter`'s calls had among ``samples``: some machines drift by half."""
-        float32, float64, copied = (samples[name].median for name in METER)
-        return replace(
-            self, float32=PRODUCT / float32 / 1e6, float64=PRODUCT / float64 / 1e6, copy=COPIED / copied / 1e6
-        )
+        """The same with the rates that :meth:`meter`'s calls had among ``samples``: some machines drift by half."""
+        times = {name.removeprefix(METER): s.median for name, s in samples.items() if name.startswith(METER)}
+        return replace(self, **{k: (COPIED if k == "copy" else PRODUCT) / ms / 1e6 for k, ms in times.items()})
 
     def floor(self, m: int, n: int, r: int, products: float = 8.0, rate: float | None = None) -> float:
         """Milliseconds of ``products·mnr`` flops and of the Cholesky QRs of P and R, a triangle of a Gram matrix and a
@@ -70,10 +80,6 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-#: The calls of :func:`meter`.
-METER = ("meter: float32", "meter: float64", "meter: copy")
-
-
 def _product(dtype: torch.dtype) -> Callable[[], object]:
     a, b = torch.randn(3072, 768).to(dtype), torch.randn(768, 768).to(dtype)
     out = torch.empty(3072, 768, dtype=dtype)
@@ -83,11 +89,6 @@ def _product(dtype: torch.dtype) -> Callable[[], object]:
 def _copy() -> Callable[[], object]:
     x, y = torch.randn(2**25), torch.empty(2**25)
     return lambda: y.copy_(x)
-
-
-def meter() -> dict[str, Callable[[], object]]:
-    """What floors are computed from, to be timed in alternation with what they are floors of."""
-    return dict(zip(METER, (_product(torch.float32), _product(torch.float64), _copy()), strict=True))
 
 
 def measure(seconds: float = 1.0) -> Machine:

@@ -284,13 +284,16 @@ fn operands(table: &PyReadonlyArray2<'_, i64>, count: usize, written: usize) -> 
         .collect()
 }
 
-/// QR or polar factor: A, V (n×r) and T (r×r float64, C-contiguous). Returns the null flags and the method's name.
+/// QR or polar factor: A, V (n×r) and T (r×r float64, C-contiguous); `short` if A's columns are thought to be nearly
+/// orthogonal. Returns the null flags and the method's name.
 #[pyfunction]
+#[allow(clippy::too_many_arguments)]
 fn factor(
     py: Python<'_>,
     table: PyReadonlyArray2<'_, i64>,
     mut t: PyReadwriteArray2<'_, f64>,
     polar: bool,
+    short: bool,
     tol: f64,
     double: bool,
     threads: usize,
@@ -302,13 +305,14 @@ fn factor(
         let cx = Context::new(threads);
         // SAFETY: as in `lowrank_step`.
         let (a, v) = unsafe { (claims[0].shared(), claims[1].exclusive()) };
+        let paths = if short { qr::Paths::Short } else { qr::Paths::Any };
         if polar {
-            let null =
-                if double { qr::polar::<f64>(cx, a, v, tol) } else { qr::polar::<f32>(cx, a, v, tol) }?;
+            let f = if double { qr::polar::<f64> } else { qr::polar::<f32> };
+            let null = f(cx, a, v, tol, paths)?;
             return Ok((null, "qdwh".to_owned()));
         }
         let f = if double { qr::qr::<f64> } else { qr::qr::<f32> };
-        let (null, method) = f(cx, a, v, Some(t), tol, qr::Paths::of(a))?;
+        let (null, method) = f(cx, a, v, Some(t), tol, paths)?;
         Ok((null, format!("{method:?}")))
     })
 }

@@ -155,5 +155,5 @@ def test_the_core_refuses_what_python_got_wrong():
         table = operands(a, v)
         table[change[0], change[1]] = change[2]
         with pytest.raises(ValueError, match=words):
-            _core.factor(table, np.zeros((3, 3)), False, 0.0, False, 1)
+            _core.factor(table, np.zeros((3, 3)), False, False, 0.0, False, 1)
     assert not v.any()

@@ -21,6 +21,7 @@ def factor(
     table: NDArray[np.int64],
     t: NDArray[np.float64],
     polar: bool,
+    short: bool,
     tol: float,
     double: bool,
     threads: int,

@@ -73,7 +73,7 @@ def qr(a: Array, tol: float | None = None) -> tuple[Array, Array]:
         n, r = a.shape
         if _native(a):
             v, t = _empty(a, (n, r)), np.zeros((r, r))
-            _call("factor", (a, v), t, False, tol)
+            _call("factor", (a, v), t, False, _nearly_orthogonal(n, r), tol)
             return v, _like(t, a)
         wide = a.double()
         v, _ = reference.orthonormalize(_finite(wide), tol)
@@ -104,7 +104,8 @@ def polar(a: Array, tol: float | None = None) -> Array:
     def one(a: Any) -> tuple[Any, ...]:
         if _native(a):
             v = _empty(a, tuple(a.shape))
-            _call("factor", (a, v), np.zeros((a.shape[1],) * 2), True, tol)
+            n, r = a.shape
+            _call("factor", (a, v), np.zeros((r, r)), True, _nearly_orthogonal(n, r), tol)
             return (v,)
         return (reference.polar(_finite(a.double()), tol)[0].to(a.dtype),)
 
@@ -192,6 +193,11 @@ def _empty(a: Any, shape: tuple[int, ...]) -> Any:
 
 def _like(t: NDArray[np.float64], a: Any) -> Any:
     return torch.from_numpy(t).to(a.dtype) if isinstance(a, Tensor) else t.astype(a.dtype)
+
+
+def _nearly_orthogonal(n: int, r: int) -> bool:
+    """Whether columns of independent entries would be: then ω of docs/algorithms.md, section 4, is (n − 2)/(n − r − 1)."""
+    return n >= 3 * r
 
 
 def _call(name: str, arrays: tuple[Any, ...], *rest: Any) -> None:

@@ -10,9 +10,12 @@ use crate::scalar::Real;
 use crate::scratch::Scratch;
 use std::ops::Range;
 
-/// Terms summed in working precision where the sums of such sums are formed in double. Their roundoffs, of either sign,
-/// come to about one of the whole sum's; a longer chain would err more, a shorter one would cost more.
-const SHORT: usize = 64;
+/// Terms summed in working precision where the sums of such sums are formed in double. A longer chain would err more: a
+/// constant's partial sums all round the same way, by up to a quarter of this many roundoffs.
+const SHORT: usize = 32;
+
+/// Such sums that are added up in working precision, pairwise, before they go to double, which costs a pass over the tile.
+pub(super) const SUMS: usize = 4;
 
 /// A thread's scratch.
 pub(super) struct Buffers<T> {
@@ -21,7 +24,7 @@ pub(super) struct Buffers<T> {
     pub(super) words: Scratch<f32>,
     /// What packing needs.
     pub(super) line: Scratch<T>,
-    /// Sums of the block's columns; of one tile where they are joined in double.
+    /// Sums of the block's columns; of a few tiles where they are joined in double.
     pub(super) acc: Scratch<T>,
     pub(super) joined: Scratch<f64>,
 }
@@ -125,7 +128,7 @@ pub(super) unsafe fn block<T: Real, L: Level>(
             let (from, to) = b.reduction((i0 + i, rows), (j0 + j, L::NR), (k0, kc));
             let depth = to - from;
             let wanted = b.wants((i0 + i, rows), (j0 + j, L::NR));
-            if last {
+            if last && wanted {
                 b.ask_for_epilogue((i0 + i, j0 + j), rows, L::NR.min(nj - j));
             }
             ahead.ask(per_tile);
@@ -135,13 +138,21 @@ pub(super) unsafe fn block<T: Real, L: Level>(
                     let lhs = b.lhs.panel(i0 + i, k0, kc).add(from * rows);
                     let rhs = packed.add(j * T::KC + if k_major { from } else { from * L::NR });
                     if b.joined {
-                        for s in (0..depth).step_by(SHORT) {
-                            let rhs = rhs.add(if k_major { s } else { s * L::NR });
-                            let kc = SHORT.min(depth - s);
-                            let lhs = lhs.add(s * rows);
-                            L::tile(rows / lanes, Tile { kc, lhs, rhs, k_major, acc, ld: rows, first: true });
-                            let first = k0 + s == 0;
-                            join::<T>(acc, rows, L::NR, joined.add(j * mi + i), mi, first);
+                        for from in (0..depth).step_by(SUMS * SHORT) {
+                            let to = depth.min(from + SUMS * SHORT);
+                            let mut sums = 0;
+                            for s in (from..to).step_by(SHORT) {
+                                let (lhs, kc) = (lhs.add(s * rows), SHORT.min(to - s));
+                                let rhs = rhs.add(if k_major { s } else { s * L::NR });
+                                let acc = acc.add(sums * rows * L::NR);
+                                L::tile(
+                                    rows / lanes,
+                                    Tile { kc, lhs, rhs, k_major, acc, ld: rows, first: true },
+                                );
+                                sums += 1;
+                            }
+                            let into = joined.add(j * mi + i);
+                            join::<T>(acc, sums, (rows, L::NR), into, mi, k0 + from == 0);
                         }
                     } else {
                         let (acc, first) = (acc.add(j * mi + i), k0 == 0);
@@ -230,17 +241,33 @@ impl<T: Real> Body<'_, '_, T> {
     }
 }
 
-/// `joined ← tile` if `first`, else `+=`: `lines` lines of `rows`, `ld` apart in `joined`.
+/// `joined ← Σ tiles` if `first`, else `+=`: `count` ≤ [`SUMS`] tiles of `lines` lines of `rows`, which are `ld` apart in
+/// `joined`. The tiles are used up.
 ///
 /// # Safety
 /// Both are that large.
 #[inline(always)]
-unsafe fn join<T: Real>(tile: *const T, rows: usize, lines: usize, joined: *mut f64, ld: usize, first: bool) {
-    for j in 0..lines {
-        for i in 0..rows {
-            // SAFETY: the caller's.
-            unsafe {
-                let (x, sum) = ((*tile.add(j * rows + i)).f64(), joined.add(j * ld + i));
+unsafe fn join<T: Real>(
+    tiles: *mut T,
+    count: usize,
+    (rows, lines): (usize, usize),
+    joined: *mut f64,
+    ld: usize,
+    first: bool,
+) {
+    let size = rows * lines;
+    // SAFETY: the caller's.
+    unsafe {
+        for (to, from) in [(0, 1), (2, 3), (0, 2)] {
+            if from < count {
+                for i in 0..size {
+                    *tiles.add(to * size + i) += *tiles.add(from * size + i);
+                }
+            }
+        }
+        for j in 0..lines {
+            for i in 0..rows {
+                let (x, sum) = ((*tiles.add(j * rows + i)).f64(), joined.add(j * ld + i));
                 *sum = if first { x } else { *sum + x };
             }
         }

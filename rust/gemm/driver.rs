@@ -1,7 +1,7 @@
 //! The loops around the register tile.
 
 use super::Context;
-use super::block::{Ahead, Buffers, block, emit};
+use super::block::{Ahead, Buffers, SUMS, block, emit};
 use super::epilogue::Epilogue;
 use super::pack::{Packed, SendPtr, Terms};
 use super::pairs::{self, Rounding};
@@ -17,15 +17,15 @@ use std::ops::Range;
 pub(crate) enum Region {
     /// All of it.
     All,
-    /// Only tiles that touch `i ≤ j` are computed; the others keep what they had.
+    /// Only `i ≤ j`; the other elements keep what they had.
     Upper,
-    /// Only tiles that touch `i ≥ j`.
+    /// Only `i ≥ j`.
     Lower,
-    /// `lhs[i, k]` is zero for `k > i` and not used there.
+    /// `lhs[i, k]` is zero for `k > i`; whole tiles of these zeros are left out.
     LowerLhs,
-    /// `rhs[k, j]` is zero for `k < j` and not used there.
+    /// `rhs[k, j]` is zero for `k < j`, likewise.
     LowerRhs,
-    /// `rhs[k, j]` is zero for `k > j` and not used there.
+    /// `rhs[k, j]` is zero for `k > j`, likewise.
     UpperRhs,
 }
 
@@ -76,10 +76,11 @@ impl<'a, 'b, T: Real> Product<'a, 'b, T> {
         if i == 0 || j == 0 {
             return;
         }
-        debug_assert!(
-            !self.joined || matches!(self.lhs.rounding, Rounding::None),
-            "joined sums are of unrounded products"
-        );
+        let plain = self.alpha == 1.0 && self.beta == 0.0 && self.plus.shape().is_none();
+        let whole = matches!(self.region, Region::All | Region::Upper | Region::Lower);
+        let exact = matches!(self.lhs.rounding, Rounding::None);
+        assert!(!self.joined || (plain && whole && exact), "joined sums are of plain products");
+        assert!(sums.is_none() || self.region == Region::All, "sums need every block of the right side");
         let body = Body {
             lhs: self.lhs,
             rhs: self.rhs,
@@ -148,7 +149,7 @@ impl<T: Real> Kernel for Columns<'_, '_, '_, T> {
             packed: Scratch::new(nc * T::KC),
             line: Scratch::new(2 * nc),
             words: Scratch::new(if pairs { nc * T::KC / 2 } else { 0 }),
-            acc: Scratch::new(mc * nc),
+            acc: Scratch::new(if b.joined { SUMS * mr * L::NR } else { mc * nc }),
             joined: Scratch::new(if b.joined { mc * nc } else { 0 }),
         };
         if let Rounding::Pairs(kernel) = rounding {

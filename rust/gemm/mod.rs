@@ -45,6 +45,11 @@ impl Context {
         Context { isa: Isa::current(), threads: threads.clamp(1, 1024), half: false }
     }
 
+    /// The same without rounding to bfloat16.
+    pub(crate) fn unrounded(self) -> Self {
+        Context { half: false, ..self }
+    }
+
     /// The same level on the calling thread alone.
     pub fn serial(self) -> Self {
         Context { threads: 1, ..self }

@@ -9,7 +9,8 @@ use std::ops::Range;
 /// Up to this size rows fit in registers and products do not pay.
 const BASE: usize = 24;
 
-/// `S = TᵀT`: overwrites `s` (r×r, row-major, symmetric, of which the upper triangle is read) with the upper triangular T, writes `T⁻¹` into `inverse`.
+/// `S = TᵀT`: overwrites `s` (r×r, row-major, symmetric; its upper triangle is read) with the upper triangular T, and
+/// writes `T⁻¹` into `inverse`.
 ///
 /// A pivot `T_jj² ≤ threshold` makes direction `j` null: its row of T, and its row and column of the inverse, are zero, and
 /// the later directions are factored as if it were not there.

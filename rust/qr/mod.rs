@@ -1,9 +1,9 @@
 //! Orthonormal factors of tall matrices.
 //!
-//! It runs in double precision, whatever the input is stored in, but for what benign float32 input does not need it for
-//! ([`Method::Short`], and the last product): a product of two singles is exact in double, so one Cholesky QR of a
-//! float32 matrix with condition κ leaves an orthogonality error of about κ²·2⁻⁵³, below float32's own roundoff up to
-//! κ ≈ 10⁴, for the price of two products.
+//! It runs in double precision, whatever the input is stored in, except for two steps that benign float32 input can do
+//! in single: the Gram matrix ([`Method::Short`]) and the last product. A product of two singles is exact in double, so
+//! one Cholesky QR of a float32 matrix with condition κ leaves an orthogonality error of about κ²·2⁻⁵³, below float32's
+//! own roundoff up to κ ≈ 10⁴, for the price of two products.
 //! [`factor`] estimates κ from the triangular factor it has anyway and takes a second pass, or Householder reflections,
 //! where one does not suffice.
 //!
@@ -65,17 +65,10 @@ pub enum Paths {
     /// Whatever is accurate, the cheapest in double precision first.
     Any,
     /// The same, and before that [`Method::Short`]: three quarters of the price for columns that are nearly orthogonal,
-    /// lost on others.
+    /// a third more for others.
     Short,
-    /// This one, accurate or not.
+    /// This one, accurate or not; Householder's where it can give no factor at all.
     Only(Method),
-}
-
-impl Paths {
-    /// What to try on a matrix of which nothing is known: columns of random numbers are nearly orthogonal if it is tall.
-    pub fn of(a: Mat<'_>) -> Self {
-        if a.rows >= 2 * a.cols { Paths::Short } else { Paths::Any }
-    }
 }
 
 /// Equilibrated condition numbers up to which one and two Cholesky passes reach working accuracy.
@@ -88,7 +81,8 @@ fn gate<T: Real>() -> (f64, f64) {
 }
 
 /// Up to which `Σ ‖a_i‖²·‖(T⁻¹)_i‖² / r`, which is 1 for orthogonal columns of any lengths, a Gram matrix of short sums
-/// will do: its entries err by some part of a roundoff, and orthogonality then by one to four √r·2⁻²⁴.
+/// will do. In units of √r·2⁻²⁴, orthogonality then errs by one to four for columns of random entries, and by up to
+/// twelve where all partial sums round the same way.
 const BENIGN: f64 = 2.0;
 
 /// The same for the product `A·T⁻¹` in single precision: its terms are √ of that times as large as their sums, in the
@@ -108,6 +102,7 @@ pub(crate) fn factor<'a, T: Real>(
     tol: f64,
     paths: Paths,
 ) -> Result<Factor<'a>, Error> {
+    let cx = cx.unrounded();
     let (n, r) = (a.rows, a.cols);
     if r == 0 {
         let (right, t) = (Some(Scratch::new(0)), Scratch::new(0));
@@ -251,6 +246,7 @@ fn by_cholesky<'a>(
 impl Factor<'_> {
     /// `V`, into `out` (n×r, any strides and element type).
     pub(crate) fn orthonormal(&self, cx: Context, out: MatMut<'_>) {
+        let cx = cx.unrounded();
         match &self.right {
             Some(right) if self.single => times_upper::<f32>(cx, self.base(), right, out),
             Some(right) => times_upper::<f64>(cx, self.base(), right, out),
@@ -260,6 +256,7 @@ impl Factor<'_> {
 
     /// `V·polar(T)`, the polar factor of `A`, into `out`.
     pub(crate) fn polar<T: Real>(&self, cx: Context, out: MatMut<'_>) {
+        let cx = cx.unrounded();
         let r = self.null.len();
         let mut u = Scratch::<f64>::new(r * r);
         if let (Some(gram), Some(inverse)) = (&self.gram, &self.right)
@@ -387,9 +384,15 @@ pub fn qr<T: Real>(
 ///
 /// # Errors
 /// As [`qr`].
-pub fn polar<T: Real>(cx: Context, a: Mat<'_>, v: MatMut<'_>, tol: f64) -> Result<Vec<bool>, Error> {
+pub fn polar<T: Real>(
+    cx: Context,
+    a: Mat<'_>,
+    v: MatMut<'_>,
+    tol: f64,
+    paths: Paths,
+) -> Result<Vec<bool>, Error> {
     check_out(a, &v, None)?;
-    let f = factor::<T>(cx, a, tol, Paths::of(a))?;
+    let f = factor::<T>(cx, a, tol, paths)?;
     f.polar::<T>(cx, v);
     Ok(f.null)
 }

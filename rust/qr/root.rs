@@ -30,10 +30,11 @@ pub(super) fn inverse_root(cx: Context, s: &[f64], inverse: &[f64], r: usize, z:
     a.iter_mut().zip(s).for_each(|(a, s)| *a = s / size);
     let (mut w, mut square) = (Scratch::<f64>::new(r * r), Scratch::<f64>::new(r * r));
     let (mut inverse, mut null) = (Scratch::<f64>::new(r * r), vec![false; r]);
+    // A^(−1/2) for now: in single precision `size` might take it out of range.
     z.fill(0.0);
-    (0..r).for_each(|i| z[i * r + i] = size.sqrt().recip());
+    (0..r).for_each(|i| z[i * r + i] = 1.0);
     for taken in 0..6 {
-        if finish(cx, &a, z) {
+        if finish(cx, &a, size, z) {
             return true;
         }
         // With N = (I + cA)⁻¹:  W = keep·I + weight·N,  A ← WAW,  Z ← ZW
@@ -45,7 +46,7 @@ pub(super) fn inverse_root(cx: Context, s: &[f64], inverse: &[f64], r: usize, z:
         symmetric(cx, view(&w), view(&w), &mut square);
         cx.isa.run(Weigh { a: &mut a, w: &mut w, square: &square, r, round: &round });
         if taken == 0 {
-            z.iter_mut().zip(w.iter()).for_each(|(z, w)| *z = w / size.sqrt());
+            z.copy_from_slice(&w);
         } else {
             symmetric(cx, view(z), view(&w), &mut square);
             z.copy_from_slice(&square);
@@ -131,15 +132,16 @@ fn view(x: &[f64]) -> Mat<'_> {
     Mat::row_major(x, r, r)
 }
 
-/// `z ← z·A^(−1/2)` from the first terms of a series about the mean `t` of A's eigenvalues, if they lie so close to it
+/// `z ← z·(size·A)^(−1/2)` from the first terms of a series about the mean `t` of A's eigenvalues, if they lie so close to it
 /// that single precision is reached; otherwise false, and `z` is as it was.
 ///
 /// ```text
 /// A = t·(I − E),      (I − E)^(−1/2) = I + E/2 + 3/8·E² + 5/16·E³ + … = I + F
 /// ```
 ///
-/// E and F are small against I, so that products of them err by little of a single's roundoff in single precision too.
-fn finish(cx: Context, a: &[f64], z: &mut [f64]) -> bool {
+/// E and F are small against I, so that their products, and that of Z and F, err by little of a single's roundoff in
+/// single precision too.
+fn finish(cx: Context, a: &[f64], size: f64, z: &mut [f64]) -> bool {
     const C: [f64; 7] = [1.0, 1.0 / 2.0, 3.0 / 8.0, 5.0 / 16.0, 35.0 / 128.0, 63.0 / 256.0, 231.0 / 1024.0];
     const RADIUS: f64 = 0.09; // its seventh power is 2⁻²⁴
     let r = a.len().isqrt();
@@ -169,7 +171,8 @@ fn finish(cx: Context, a: &[f64], z: &mut [f64]) -> bool {
     }
     // Z commutes with A, so that ZF is symmetric.
     symmetric_small(cx, z, &f, Terms::none(), &mut next);
-    z.iter_mut().zip(next.iter()).for_each(|(z, x)| *z = (*z + f64::from(*x)) / t.sqrt());
+    let scale = (t * size).sqrt().recip();
+    z.iter_mut().zip(next.iter()).for_each(|(z, x)| *z = (*z + f64::from(*x)) * scale);
     true
 }
 

@@ -47,7 +47,7 @@ pub(super) fn right_factor<T: Real>(
             cx.isa.run(ScaleColumns { r, scales: &scales, out: v.raw() });
             null
         }
-        // R's columns are nearly orthogonal once the power iteration has settled; those of B·Q, which is not rotated, are not.
+        // Unlike those of B·Q, R's columns are nearly orthogonal once the power iteration has settled.
         RightFactor::Qr => {
             let f = qr::factor::<T>(cx, r, tol, Paths::Short)?;
             f.orthonormal(cx, v);
@@ -100,7 +100,7 @@ impl Right {
             _ => f64::from(self.null.iter().any(|null| !null)),
         };
         report.descent = (0..r.rows).map(|i| (0..k).map(|j| r.get(i, j) * v.get(i, j)).sum::<f64>()).sum();
-        if let Ok(f) = qr::factor::<f32>(cx, r, 1e-6, Paths::Short) {
+        if let Ok(f) = qr::factor::<f32>(cx, r, 1e-6, Paths::Any) {
             report.nuclear = f.nuclear_norm(cx);
         }
         report.effective_rank = effective_rank(&norms);

@@ -212,5 +212,7 @@ class RustJob(Job):
 
 def _factor(a: Tensor, tol: float, polar: bool) -> tuple[Tensor, Tensor]:
     v, double = torch.empty_like(a, memory_format=torch.contiguous_format), a.dtype == torch.float64
-    null, _ = _core.factor(operands(a, v), np.zeros((a.shape[1],) * 2), polar, tol, double, torch.get_num_threads())
+    t, threads = np.zeros((a.shape[1],) * 2), torch.get_num_threads()
+    # A polar factor is R's, whose columns are nearly orthogonal; QR is that of B·Q too, whose columns are not.
+    null, _ = _core.factor(operands(a, v), t, polar, polar, tol, double, threads)
     return v, torch.tensor(null)
