@@ -196,7 +196,7 @@ def _like(t: NDArray[np.float64], a: Any) -> Any:
 
 
 def _nearly_orthogonal(n: int, r: int) -> bool:
-    """Whether columns of independent entries would be: then ω of docs/algorithms.md, section 4, is (n − 2)/(n − r − 1)."""
+    """Whether columns of independent entries would be: ω of docs/algorithms.md, section 4, is (n − 2)/(n − r − 1)."""
     return n >= 3 * r
 
 

@@ -82,7 +82,7 @@ fn gate<T: Real>() -> (f64, f64) {
 
 /// Up to which `Σ ‖a_i‖²·‖(T⁻¹)_i‖² / r`, which is 1 for orthogonal columns of any lengths, a Gram matrix of short sums
 /// will do. In units of √r·2⁻²⁴, orthogonality then errs by one to four for columns of random entries, and by up to
-/// twelve where all partial sums round the same way.
+/// sixteen where all partial sums round the same way.
 const BENIGN: f64 = 2.0;
 
 /// The same for the product `A·T⁻¹` in single precision: its terms are √ of that times as large as their sums, in the
