@@ -278,9 +278,9 @@ def memory(machine: Machine, seconds: float) -> Iterator[Row]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             added, sample = pool.apply(_peak, (name,))
         note = f"{added:.0f} MiB added to the peak; the matrix has 64"
-        now = machine.now(alternate(machine.meter(), seconds / 3))
-        rate = now.rounded if "bfloat16" in name else None
-        floor = now.floor(4096, 4096, 256, flops, rate)
+        # Rates are those of the start: memory of this process would count in the next one's peak.
+        rate = machine.rounded if "bfloat16" in name else None
+        floor = machine.floor(4096, 4096, 256, flops, rate)
         yield Row("memory", "4096×4096, r = 256", name, sample, floor, "", float("nan"), note)
 
 
