@@ -1,8 +1,9 @@
 //! The numerical core of orthdion.
 //!
 //! Views ([`Mat`], [`MatMut`]) borrow their caller's memory: any strides, `f32`, `f64`, and `bf16` or `f16` as storage.
-//! Everything that is computed at size is a product ([`gemm`]); factorisations run in double precision where
-//! their input needs it, and report directions that they could not determine. Scratch is kept by each thread and reused. Results do not depend on the number of threads.
+//! Everything that is computed at size is a product ([`gemm`]); factorisations run in double precision where their
+//! input needs it, and report directions that they could not determine. Scratch is kept by each thread and reused.
+//! Results do not depend on the number of threads.
 
 pub mod borrow;
 pub mod elementwise;
