@@ -33,6 +33,56 @@ pub(crate) fn for_each(threads: usize, tasks: usize, task: &(dyn Fn(usize) + Syn
     }
 }
 
+/// Runs `task(threads, item)` for every item and returns the results in order; `threads` is what a task may use.
+///
+/// Threads take whole items, the costliest first; items that would leave threads idle at the end are taken by all
+/// threads together before that.
+pub(crate) fn map<T: Send, R: Send>(
+    threads: usize,
+    items: Vec<T>,
+    cost: impl Fn(&T) -> f64,
+    task: impl Fn(usize, T) -> R + Sync,
+) -> Vec<R> {
+    let costs: Vec<f64> = items.iter().map(cost).collect();
+    let mut order: Vec<usize> = (0..items.len()).collect();
+    order.sort_by(|&i, &j| costs[j].total_cmp(&costs[i]).then(i.cmp(&j)));
+    let together = shared_prefix(&order.iter().map(|&i| costs[i]).collect::<Vec<_>>(), threads);
+    // No lock is ever waited for: each slot has one task.
+    let slots: Vec<Mutex<(Option<T>, Option<R>)>> =
+        items.into_iter().map(|item| Mutex::new((Some(item), None))).collect();
+    let run = |t: usize, threads: usize| {
+        let mut slot = lock(&slots[order[t]]);
+        if let Some(item) = slot.0.take() {
+            slot.1 = Some(task(threads, item));
+        }
+    };
+    for t in 0..together {
+        run(t, threads);
+    }
+    for_each(threads, order.len() - together, &|t| run(together + t, 1));
+    let results = slots.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner).1);
+    results.map(|r| r.expect("every item has been taken")).collect()
+}
+
+/// How many of the largest tasks to give to all threads, so that the rest, handed out greedily, ends nearly together.
+fn shared_prefix(costs: &[f64], threads: usize) -> usize {
+    if threads == 1 {
+        return 0;
+    }
+    (0..=costs.len())
+        .find(|&k| {
+            let rest = &costs[k..];
+            let mut loads = vec![0.0f64; threads];
+            for c in rest {
+                let least = loads.iter_mut().min_by(|a, b| a.total_cmp(b)).expect("threads ≥ 1");
+                *least += c;
+            }
+            let ideal = rest.iter().sum::<f64>() / threads as f64;
+            loads.iter().fold(0.0f64, |m, l| m.max(*l)) <= 1.15 * ideal
+        })
+        .unwrap_or(costs.len())
+}
+
 static CALLER: Mutex<Option<Pool>> = Mutex::new(None);
 
 /// The pool, made anew in a forked child, whose parent's threads did not come along.
@@ -195,6 +245,18 @@ mod tests {
             });
             assert_eq!(sum.into_inner(), 28);
         }
+    }
+
+    #[test]
+    fn results_are_in_order_and_large_items_get_all_threads() {
+        for threads in 1..4 {
+            let items: Vec<usize> = (0..50).collect();
+            let cost = |&i: &usize| if i == 7 { 1e6 } else { i as f64 };
+            let results = map(threads, items, cost, |threads, i| (i, threads));
+            assert!(results.iter().enumerate().all(|(i, r)| r.0 == i));
+            assert!(results.iter().all(|r| r.1 == if r.0 == 7 { threads } else { 1 }));
+        }
+        assert!(map(3, Vec::<u8>::new(), |_| 1.0, |_, x| x).is_empty());
     }
 
     #[test]

@@ -147,8 +147,7 @@ impl Matrix<'_> {
 
 /// Steps every matrix; `reports[i]` tells about `matrices[i]`.
 ///
-/// Threads take whole matrices, largest first; matrices that would leave threads idle at the end are taken by all
-/// threads together before that.
+/// Threads take whole matrices, largest first, see [`pool::map`].
 ///
 /// # Errors
 /// [`Error::Shape`] if a state does not fit its weight; then nothing has been written.
@@ -158,47 +157,17 @@ pub fn step<T: Real>(
     reports: &mut [Report],
 ) -> Result<(), Error> {
     matrices.iter().try_for_each(|(m, _)| check(m))?;
-    let costs: Vec<f64> = matrices.iter().map(|(m, _)| m.flops()).collect();
-    let mut order: Vec<usize> = (0..matrices.len()).collect();
-    order.sort_by(|&i, &j| costs[j].total_cmp(&costs[i]).then(i.cmp(&j)));
-    let together = shared_prefix(&order.iter().map(|&i| costs[i]).collect::<Vec<_>>(), cx.threads);
-
-    struct Slots<'s, 'm>(*mut (Matrix<'m>, Options), *mut Report, &'s [usize]);
-    // SAFETY: task `t` of either loop touches only element `order[t]`, and `order` is a permutation.
-    unsafe impl Sync for Slots<'_, '_> {}
     assert_eq!(matrices.len(), reports.len(), "one report a matrix");
-    let slots = Slots(matrices.as_mut_ptr(), reports.as_mut_ptr(), &order);
-    let run = |t: usize, cx: Context| {
-        let slots = &slots;
-        let i = slots.2[t];
-        // SAFETY: in range, and disjoint from every other task's, see `Slots`.
-        let ((matrix, options), report) = unsafe { (&mut *slots.0.add(i), &mut *slots.1.add(i)) };
-        *report = one::<T>(cx, matrix, options);
-    };
-    for t in 0..together {
-        run(t, cx);
-    }
-    pool::for_each(cx.threads, order.len() - together, &|t| run(together + t, cx.serial()));
+    let jobs = matrices.iter_mut().zip(reports).collect();
+    pool::map(
+        cx.threads,
+        jobs,
+        |((matrix, _), _)| matrix.flops(),
+        |threads, ((matrix, options), report)| {
+            *report = one::<T>(Context { threads, ..cx }, matrix, options);
+        },
+    );
     Ok(())
-}
-
-/// How many of the largest tasks to give to all threads, so that the rest, handed out greedily, ends nearly together.
-fn shared_prefix(costs: &[f64], threads: usize) -> usize {
-    if threads == 1 {
-        return 0;
-    }
-    (0..=costs.len())
-        .find(|&k| {
-            let rest = &costs[k..];
-            let mut loads = vec![0.0f64; threads];
-            for c in rest {
-                let least = loads.iter_mut().min_by(|a, b| a.total_cmp(b)).expect("threads ≥ 1");
-                *least += c;
-            }
-            let ideal = rest.iter().sum::<f64>() / threads as f64;
-            loads.iter().fold(0.0f64, |m, l| m.max(*l)) <= 1.15 * ideal
-        })
-        .unwrap_or(costs.len())
 }
 
 fn check(m: &Matrix<'_>) -> Result<(), Error> {
