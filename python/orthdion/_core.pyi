@@ -1,48 +1,100 @@
+"""The Rust core. Every view is six words of a row: address, dtype, row stride, column stride, allocation, its bytes."""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
 
+class LowRankOptions(Protocol):
+    """What the low-rank steps of a group share."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def a(self) -> float: ...
+    @property
+    def b(self) -> float: ...
+    @property
+    def right_factor(self) -> Literal["qr", "column", "polar"]: ...
+    @property
+    def residual(self) -> Literal["linear", "normalized"] | None: ...
+    @property
+    def residual_scale(self) -> float: ...
+    @property
+    def kappa(self) -> float | None: ...
+    @property
+    def maximize(self) -> bool: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def diagnostics(self) -> bool: ...
+    @property
+    def bfloat16(self) -> bool: ...
+
+class ElementwiseOptions(Protocol):
+    """What the elementwise steps of a group share."""
+
+    @property
+    def rule(self) -> Literal["adamw", "lion"]: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def beta2(self) -> float: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def maximize(self) -> bool: ...
+
 def lowrank_step(
     table: NDArray[np.int64],
-    numbers: NDArray[np.float64],
+    options: Sequence[LowRankOptions],
+    scales: NDArray[np.float64],
     reports: NDArray[np.float64],
     double: bool,
     threads: int,
 ) -> None: ...
 def elementwise_step(
     table: NDArray[np.int64],
-    numbers: NDArray[np.float64],
+    options: Sequence[ElementwiseOptions],
+    steps: NDArray[np.float64],
     skipped: NDArray[np.bool_],
     double: bool,
     threads: int,
 ) -> None: ...
-def factor(
+def factors(
     table: NDArray[np.int64],
-    t: NDArray[np.float64],
+    triangles: NDArray[np.float64],
     polar: bool,
-    short: bool,
+    nearly_orthogonal: bool,
     tol: float,
     double: bool,
     threads: int,
-) -> tuple[list[bool], str]: ...
+) -> list[list[bool]]: ...
 def power_iteration(table: NDArray[np.int64], tol: float, double: bool, threads: int) -> list[bool]: ...
 def matmul(table: NDArray[np.int64], alpha: float, beta: float, double: bool, half: bool, threads: int) -> None: ...
-def part_product(
+def products(
     table: NDArray[np.int64],
-    coefficients: tuple[float, float],
+    coefficients: NDArray[np.float64],
     transposed: bool,
     sums: NDArray[np.float64],
     double: bool,
-    half: bool,
+    bfloat16: bool,
     threads: int,
-) -> float: ...
-def part_largest(table: NDArray[np.int64], coefficients: tuple[float, float], threads: int) -> float: ...
-def part_write(
+) -> list[float]: ...
+def largest(table: NDArray[np.int64], coefficients: NDArray[np.float64], threads: int) -> list[float]: ...
+def writes(
     table: NDArray[np.int64],
+    options: Sequence[LowRankOptions],
     numbers: NDArray[np.float64],
-    alpha: float,
-    size: float,
     double: bool,
     threads: int,
 ) -> None: ...

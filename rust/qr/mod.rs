@@ -20,6 +20,7 @@ pub use complete::complete;
 
 use crate::error::Error;
 use crate::gemm::{Context, Packed, Product, Region, Terms, gemm};
+use crate::pool;
 use crate::scalar::Real;
 use crate::scratch::Scratch;
 use crate::view::{Mat, MatMut};
@@ -397,9 +398,48 @@ pub fn polar<T: Real>(
     Ok(f.null)
 }
 
+/// A matrix of [`factors`].
+#[derive(Debug)]
+pub struct Job<'a> {
+    /// What is factored, n×r.
+    pub a: Mat<'a>,
+    /// Receives the factor, n×r.
+    pub v: MatMut<'a>,
+    /// Receives [`qr`]'s T, r×r row-major; [`polar`] has none.
+    pub t: Option<&'a mut [f64]>,
+}
+
+/// [`qr`], or [`polar`], of each of a list, threads as for [`crate::step::step`]. Returns the null directions of each.
+///
+/// # Errors
+/// [`Error::Shape`] if one is wide or does not fit; then nothing has been written. [`Error::NonFinite`] if one holds NaN
+/// or infinity; then others may have been written.
+pub fn factors<T: Real>(
+    cx: Context,
+    jobs: Vec<Job<'_>>,
+    polar: bool,
+    tol: f64,
+    paths: Paths,
+) -> Result<Vec<Vec<bool>>, Error> {
+    for job in &jobs {
+        check_out(job.a, &job.v, job.t.as_deref())?;
+    }
+    let cost = |job: &Job<'_>| job.a.rows as f64 * job.a.cols.pow(2) as f64;
+    pool::map(cx.threads, jobs, cost, |threads, Job { a, v, t }| {
+        let cx = Context { threads, ..cx };
+        if polar { self::polar::<T>(cx, a, v, tol, paths) } else { Ok(qr::<T>(cx, a, v, t, tol, paths)?.0) }
+    })
+    .into_iter()
+    .collect()
+}
+
 fn check_out(a: Mat<'_>, v: &MatMut<'_>, t: Option<&[f64]>) -> Result<(), Error> {
-    let got = (v.as_ref().rows, v.as_ref().cols);
-    if got != (a.rows, a.cols) {
+    if a.rows < a.cols {
+        let what = "the matrix (pass the transpose of a wide one)";
+        return Err(Error::Shape { what, need: (a.cols, a.cols), got: a.shape() });
+    }
+    let got = v.as_ref().shape();
+    if got != a.shape() {
         return Err(Error::Shape { what: "the orthonormal factor", need: (a.rows, a.cols), got });
     }
     if t.is_some_and(|t| t.len() != a.cols * a.cols) {

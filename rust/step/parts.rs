@@ -7,6 +7,7 @@ use super::apply::{self, Factors, Plan};
 use super::{Largest, Options, Tail, largest_entry, project_back};
 use crate::error::Error;
 use crate::gemm::{Context, Packed, Terms};
+use crate::pool;
 use crate::scalar::Real;
 use crate::scratch::Scratch;
 use crate::view::{Mat, MatMut};
@@ -32,8 +33,12 @@ impl<'a> Sum<'a> {
         Terms::two(self.m.0, self.m.1, self.g.0, self.g.1)
     }
 
+    fn entries(&self) -> f64 {
+        self.m.1.rows as f64 * self.m.1.cols as f64
+    }
+
     /// max |B_ij|; infinite or NaN if B is anywhere.
-    pub fn largest<T: Real>(&self, cx: Context) -> f64 {
+    pub fn largest(&self, cx: Context) -> f64 {
         largest_entry(cx, self.terms())
     }
 
@@ -59,63 +64,139 @@ impl<'a> Sum<'a> {
         if got != (outer, a.cols) || sums.as_ref().is_some_and(|s| s.len() != outer) {
             return Err(Error::Shape { what: "the product", need: (outer, a.cols), got });
         }
-        let mut whole = Scratch::<T>::zeros(outer * a.cols);
-        if inner > 0 && a.cols > 0 && outer > 0 {
-            let packed = Packed::<T>::new(cx, a.t());
-            project_back(cx, &packed, b, &mut whole, sums);
+        // The sums are by-products: without a factor, those of a product with a column of zeros.
+        let k = if sums.is_some() { a.cols.max(1) } else { a.cols };
+        let mut whole = Scratch::<T>::zeros(outer * k);
+        if inner > 0 && k > 0 && outer > 0 {
+            let none = Scratch::<T>::zeros(if a.cols == 0 { inner } else { 0 });
+            let factor = if a.cols == 0 { Mat::row_major(&none, inner, 1) } else { a };
+            project_back(cx, &Packed::new(cx, factor.t()), b, &mut whole, sums);
+        } else if let Some(sums) = sums {
+            sums.fill(0.0);
         }
-        crate::qr::copy(Mat::row_major(&whole, outer, a.cols), out.reborrow());
+        if a.cols > 0 {
+            crate::qr::copy(Mat::row_major(&whole, outer, k), out.reborrow());
+        }
         Ok(cx.isa.run(Largest { x: &whole }))
     }
 }
 
-/// `X ← (1 − ηλ)X − η·scale·(P Uᵀ + α·B)`, `M ← a·M⁺ − (a − b)·P Wᵀ/size`: P m×r, U and W n×r, `b` = B scaled by `size`.
+/// A matrix of [`products`].
+#[derive(Debug)]
+pub struct Projection<'a> {
+    /// B
+    pub b: Sum<'a>,
+    /// Its factor, n×k, or m×k where B is transposed.
+    pub a: Mat<'a>,
+    /// What is overwritten, m×k, or n×k where B is transposed.
+    pub out: MatMut<'a>,
+    /// Receives the sums of B's squares along the side that `out` has.
+    pub sums: Option<&'a mut [f64]>,
+}
+
+/// [`Sum::product`] over a list, threads as for [`super::step`].
 ///
 /// # Errors
-/// [`Error::Shape`] if shapes do not fit, [`Error::Value`] for a normalized tail; then nothing has been written.
-#[allow(clippy::too_many_arguments)]
-pub fn write<T: Real>(
+/// As there, for the first matrix that has one; others may have been written.
+pub fn products<T: Real>(
     cx: Context,
-    o: &Options,
-    scale: f64,
-    x: MatMut<'_>,
-    g: Mat<'_>,
-    m: MatMut<'_>,
-    factors: [Mat<'_>; 3],
-    alpha: f64,
-    size: f64,
-) -> Result<(), Error> {
-    let [p, u, w] = factors;
-    let (rows, cols) = (x.as_ref().rows, x.as_ref().cols);
-    let views = [
-        ("the gradient", g, (rows, cols)),
-        ("the momentum", m.as_ref(), (rows, cols)),
-        ("P", p, (rows, p.cols)),
-        ("V", u, (cols, p.cols)),
-        ("W", w, (cols, p.cols)),
-    ];
-    for (what, view, need) in views {
-        if (view.rows, view.cols) != need {
-            return Err(Error::Shape { what, need, got: (view.rows, view.cols) });
-        }
-    }
-    if o.tail == Tail::Normalized {
-        return Err(Error::Value { why: "a normalized tail has sums of its own between the halves".into() });
-    }
-    if rows == 0 || cols == 0 {
-        return Ok(());
-    }
-    let sign = if o.maximize { -1.0 } else { 1.0 };
-    // A shared copy of M, as in the whole step: each panel reads it before it writes that panel.
-    let mv = m.raw();
-    let b = match o.nesterov {
-        Some(k) => Terms::two(k, mv, (1.0 + k) * sign, g),
-        None => Terms::two(1.0, mv, sign, g),
+    jobs: Vec<Projection<'_>>,
+    transposed: bool,
+) -> Result<Vec<f64>, Error> {
+    let cost = |job: &Projection<'_>| job.b.entries() * (job.a.cols + 1) as f64;
+    pool::map(cx.threads, jobs, cost, |threads, Projection { b, a, out, sums }| {
+        b.product::<T>(Context { threads, ..cx }, transposed, a, out, sums)
+    })
+    .into_iter()
+    .collect()
+}
+
+/// [`Sum::largest`] over a list, threads as for [`super::step`].
+pub fn largest(cx: Context, sums: Vec<Sum<'_>>) -> Vec<f64> {
+    pool::map(cx.threads, sums, Sum::entries, |threads, b| b.largest(Context { threads, ..cx }))
+}
+
+/// A matrix of [`writes`].
+#[derive(Debug)]
+pub struct Write<'a> {
+    /// Hyperparameters; the tail is none or linear.
+    pub options: Options,
+    /// What multiplies η.
+    pub scale: f64,
+    /// Weights, m×n.
+    pub x: MatMut<'a>,
+    /// Gradient.
+    pub g: Mat<'a>,
+    /// Error-feedback buffer.
+    pub m: MatMut<'a>,
+    /// P m×r, U and W n×r.
+    pub factors: [Mat<'a>; 3],
+    /// The share of B that is applied.
+    pub alpha: f64,
+    /// What B was scaled by.
+    pub size: f64,
+}
+
+/// [`Write::run`] over a list, threads as for [`super::step`].
+///
+/// # Errors
+/// As there; then nothing has been written.
+pub fn writes<T: Real>(cx: Context, jobs: Vec<Write<'_>>) -> Result<(), Error> {
+    jobs.iter().try_for_each(Write::check)?;
+    let cost = |job: &Write<'_>| {
+        job.x.as_ref().rows as f64 * (job.x.as_ref().cols * (job.factors[0].cols + 1)) as f64
     };
-    let f = Factors { p, r: u, v: u, w, b: b.scaled(size), size, sign };
-    let plan = if alpha == 0.0 { Plan::None } else { Plan::Linear(alpha) };
-    apply::write::<T>(cx, o, scale, x, m, g, &f, &plan);
-    Ok(())
+    pool::map(cx.threads, jobs, cost, |threads, job| job.run::<T>(Context { threads, ..cx }))
+        .into_iter()
+        .collect()
+}
+
+impl Write<'_> {
+    fn check(&self) -> Result<(), Error> {
+        let (rows, cols) = self.x.as_ref().shape();
+        let [p, u, w] = self.factors;
+        let views = [
+            ("the gradient", self.g, (rows, cols)),
+            ("the momentum", self.m.as_ref(), (rows, cols)),
+            ("P", p, (rows, p.cols)),
+            ("V", u, (cols, p.cols)),
+            ("W", w, (cols, p.cols)),
+        ];
+        for (what, view, need) in views {
+            if view.shape() != need {
+                return Err(Error::Shape { what, need, got: view.shape() });
+            }
+        }
+        if self.options.tail == Tail::Normalized {
+            return Err(Error::Value {
+                why: "a normalized tail has sums of its own between the halves".into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// `X ← (1 − ηλ)X − η·scale·(P Uᵀ + α·B)`, `M ← a·M⁺ − (a − b)·P Wᵀ/size`, where B is scaled by `size`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if shapes do not fit, [`Error::Value`] for a normalized tail; then nothing has been written.
+    pub fn run<T: Real>(self, cx: Context) -> Result<(), Error> {
+        self.check()?;
+        let Write { options: o, scale, x, g, m, factors: [p, u, w], alpha, size } = self;
+        if x.as_ref().rows == 0 || x.as_ref().cols == 0 {
+            return Ok(());
+        }
+        let sign = if o.maximize { -1.0 } else { 1.0 };
+        // A shared copy of M, as in the whole step: each panel reads it before it writes that panel.
+        let mv = m.raw();
+        let b = match o.nesterov {
+            Some(k) => Terms::two(k, mv, (1.0 + k) * sign, g),
+            None => Terms::two(1.0, mv, sign, g),
+        };
+        let f = Factors { p, r: u, v: u, w, b: b.scaled(size), size, sign };
+        let plan = if alpha == 0.0 { Plan::None } else { Plan::Linear(alpha) };
+        apply::write::<T>(Context { half: o.half, ..cx }, &o, scale, x, m, g, &f, &plan);
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -164,6 +245,36 @@ mod tests {
     }
 
     #[test]
+    fn sums_need_no_factor_and_a_list_is_its_matrices() {
+        let shapes = [(7, 5), (300, 41), (0, 3), (3, 0), (64, 64), (5, 500)];
+        let mats: Vec<_> = shapes.iter().map(|&(m, n)| (dense(m, n, 1), dense(m, n, 2))).collect();
+        let bs: Vec<_> =
+            mats.iter().map(|(m, g)| Sum::new((0.5, m.view()), (-2.0, g.view())).unwrap()).collect();
+        for (transposed, threads) in [(false, 1), (true, 1), (false, 3), (true, 3)] {
+            let cx = Context::new(threads);
+            let side = |&(m, n): &(usize, usize)| if transposed { n } else { m };
+            let mut sums: Vec<_> = shapes.iter().map(|s| vec![7.0; side(s)]).collect();
+            let jobs = bs.iter().zip(&mut sums).zip(&shapes).map(|((&b, sums), &(m, n))| {
+                let (a, out) = if transposed { (m, n) } else { (n, m) };
+                let a = Mat::row_major::<f64>(&[], a, 0);
+                Projection { b, a, out: MatMut::row_major::<f64>(&mut [], out, 0), sums: Some(sums) }
+            });
+            assert_eq!(products::<f64>(cx, jobs.collect(), transposed).unwrap(), [0.0; 6]);
+            for ((sums, (m, g)), &(_, n)) in sums.iter().zip(&mats).zip(&shapes) {
+                let b = m.mix(0.5, -2.0, g);
+                let b = if transposed { b.t() } else { b };
+                let n = if transposed { m.rows } else { n };
+                for (i, sum) in sums.iter().enumerate() {
+                    let row: f64 = b.data[i * n..(i + 1) * n].iter().map(|x| x * x).sum();
+                    assert!((sum - row).abs() <= 1e-12 * (1.0 + row));
+                }
+            }
+            let alone: Vec<_> = bs.iter().map(|b| b.largest(Context::new(1))).collect();
+            assert_eq!(largest(cx, bs.clone()), alone);
+        }
+    }
+
+    #[test]
     fn writing_is_its_equation_for_every_coefficient() {
         let cx = Context::new(2);
         let (rows, cols, r) = (50, 37, 6);
@@ -174,20 +285,17 @@ mod tests {
         {
             let o = Options { nesterov, maximize, ..options(RightFactor::Qr, Tail::Linear) };
             let (mut nx, mut nm) = (x.clone(), m.clone());
-            let views =
-                (MatMut::row_major(&mut nx.data, rows, cols), MatMut::row_major(&mut nm.data, rows, cols));
-            write::<f64>(
-                cx,
-                &o,
-                0.7,
-                views.0,
-                g.view(),
-                views.1,
-                [p.view(), u.view(), w.view()],
+            let job = Write {
+                options: o,
+                scale: 0.7,
+                x: MatMut::row_major(&mut nx.data, rows, cols),
+                g: g.view(),
+                m: MatMut::row_major(&mut nm.data, rows, cols),
+                factors: [p.view(), u.view(), w.view()],
                 alpha,
                 size,
-            )
-            .unwrap();
+            };
+            writes::<f64>(cx, vec![job]).unwrap();
             let plus = m.mix(1.0, if maximize { -1.0 } else { 1.0 }, &g);
             let b = match nesterov {
                 Some(k) => plus.mix(k, if maximize { -1.0 } else { 1.0 }, &g),
@@ -211,9 +319,21 @@ mod tests {
         assert!(sum.product::<f64>(cx, false, a.view(), MatMut::row_major(&mut out, 4, 2), None).is_err());
         assert!(sum.product::<f64>(cx, true, a.view(), MatMut::row_major(&mut out, 4, 2), None).is_err());
         let (mut x, mut n) = (m.clone(), m.clone());
-        let views = (MatMut::row_major(&mut x.data, 4, 3), MatMut::row_major(&mut n.data, 4, 3));
-        let o = options(RightFactor::Qr, Tail::Feedback);
-        let wrong = write::<f64>(cx, &o, 1.0, views.0, g.view(), views.1, [a.view(); 3], 0.0, 1.0);
-        assert!(wrong.is_err() && x.data == m.data && n.data == m.data && out == [7.0; 8]);
+        let wrong = Write {
+            options: options(RightFactor::Qr, Tail::Feedback),
+            scale: 1.0,
+            x: MatMut::row_major(&mut x.data, 4, 3),
+            g: g.view(),
+            m: MatMut::row_major(&mut n.data, 4, 3),
+            factors: [a.view(); 3],
+            alpha: 0.0,
+            size: 1.0,
+        };
+        assert!(
+            writes::<f64>(cx, vec![wrong]).is_err()
+                && x.data == m.data
+                && n.data == m.data
+                && out == [7.0; 8]
+        );
     }
 }

@@ -4,6 +4,7 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use faer::{Mat as FaerMat, Par};
+use orthdion::qr::Paths;
 use orthdion::{Context, Mat, MatMut, rng::Stream};
 use std::hint::black_box;
 
@@ -60,7 +61,8 @@ fn factorisations(c: &mut Criterion) {
             group.bench_function(BenchmarkId::new("orthdion", threads), |bencher| {
                 bencher.iter(|| {
                     let out = MatMut::new(black_box(&mut v), (n, r), (r, 1)).unwrap();
-                    orthdion::qr::qr::<f32>(cx, Mat::new(&a, (n, r), (r, 1)).unwrap(), out, None, 0.0, None).unwrap()
+                    let a = Mat::new(&a, (n, r), (r, 1)).unwrap();
+                    orthdion::qr::qr::<f32>(cx, a, out, None, 0.0, Paths::Any).unwrap()
                 });
             });
             faer::set_global_parallelism(if threads == 1 { Par::Seq } else { Par::rayon(threads) });

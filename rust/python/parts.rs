@@ -1,0 +1,120 @@
+//! The halves of a step, for matrices that lie on several ranks; and which operands share memory.
+
+use super::step::LowRankOptions;
+use super::table::{Table, number_rows, operands, pick};
+use super::{bad, detached};
+use crate::borrow;
+use crate::error::Error;
+use crate::gemm::Context;
+use crate::step::parts::{self, Sum};
+use numpy::{PyReadonlyArray2, PyReadwriteArray1};
+use pyo3::prelude::*;
+
+/// OUT ← B·A, or Bᵀ·A, for B = cm·M + cg·G, over a list of matrices.
+///
+/// table: int64 (N, 28): m, n, k, unused and the views M, G (m×n), A, OUT: n×k and m×k, or transposed m×k and n×k.
+/// coefficients: float64 (N, 2): cm, cg.
+/// sums: float64, empty or overwritten: B's squares summed along the side that OUT has, one matrix after the other.
+/// Returns max |OUT| of each, NaN if an entry is not finite; for k = 0, NaN if one of B is not and else 0, if there are sums.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn products(
+    py: Python<'_>,
+    table: PyReadonlyArray2<'_, i64>,
+    coefficients: PyReadonlyArray2<'_, f64>,
+    transposed: bool,
+    mut sums: PyReadwriteArray1<'_, f64>,
+    double: bool,
+    bfloat16: bool,
+    threads: usize,
+) -> PyResult<Vec<f64>> {
+    let sides = |&[m, n, ..]: &[usize; 4]| if transposed { (m, n) } else { (n, m) };
+    let table = Table::<4>::new(&table, |head| {
+        let &[m, n, k, _] = head;
+        let (inner, outer) = sides(head);
+        Ok([((m, n), false), ((m, n), false), ((inner, k), false), ((outer, k), true)])
+    })?;
+    let coefficients = number_rows("coefficients", &coefficients, Some(table.heads.len()))?;
+    let sums = sums.as_slice_mut().map_err(|_| bad("sums must be contiguous"))?;
+    let sums = table.split("sums", sums, |head| sides(head).1)?;
+    detached(py, move || {
+        borrow::check(table.claims.as_flattened(), 4)?;
+        let jobs = table.claims.iter().zip(coefficients).zip(sums);
+        let jobs = jobs.map(|(([m, g, a, out], &[cm, cg]), sums)| {
+            // SAFETY: as in `lowrank_step`.
+            let (m, g, a, out) = unsafe { (m.shared(), g.shared(), a.shared(), out.exclusive()) };
+            Ok(parts::Projection { b: Sum::new((cm, m), (cg, g))?, a, out, sums })
+        });
+        let jobs = jobs.collect::<Result<_, Error>>()?;
+        let products = if double { parts::products::<f64> } else { parts::products::<f32> };
+        products(Context { half: bfloat16, ..Context::new(threads) }, jobs, transposed)
+    })
+}
+
+/// max |cm·M + cg·G| of each of a list, infinite or NaN if an entry is not finite.
+///
+/// table: int64 (N, 16): m, n, unused, unused and the views M, G (m×n).
+/// coefficients: float64 (N, 2): cm, cg.
+#[pyfunction]
+pub(super) fn largest(
+    py: Python<'_>,
+    table: PyReadonlyArray2<'_, i64>,
+    coefficients: PyReadonlyArray2<'_, f64>,
+    threads: usize,
+) -> PyResult<Vec<f64>> {
+    let table = Table::<2>::new(&table, |&[m, n, ..]| Ok([((m, n), false); 2]))?;
+    let coefficients = number_rows("coefficients", &coefficients, Some(table.heads.len()))?;
+    detached(py, move || {
+        borrow::check(table.claims.as_flattened(), 2)?;
+        let sums = table.claims.iter().zip(coefficients).map(|([m, g], &[cm, cg])| {
+            // SAFETY: as in `lowrank_step`.
+            let (m, g) = unsafe { (m.shared(), g.shared()) };
+            Sum::new((cm, m), (cg, g))
+        });
+        Ok(parts::largest(Context::new(threads), sums.collect::<Result<_, _>>()?))
+    })
+}
+
+/// The writing half of a step over a list of matrices.
+///
+/// table: int64 (N, 40): m, n, r, k and the views X, G, M (m×n), P (m×r), U, W (n×r); `options[k]` is the matrix's.
+/// numbers: float64 (N, 3): scale, α, size.
+#[pyfunction]
+pub(super) fn writes(
+    py: Python<'_>,
+    table: PyReadonlyArray2<'_, i64>,
+    options: Vec<LowRankOptions>,
+    numbers: PyReadonlyArray2<'_, f64>,
+    double: bool,
+    threads: usize,
+) -> PyResult<()> {
+    let table = Table::<6>::new(&table, |&[m, n, r, _]| {
+        let (whole, left, right) = ((m, n), (m, r), (n, r));
+        Ok([(whole, true), (whole, false), (whole, true), (left, false), (right, false), (right, false)])
+    })?;
+    let options = options.iter().map(LowRankOptions::parse).collect::<Result<Vec<_>, _>>()?;
+    let numbers = number_rows("numbers", &numbers, Some(table.heads.len()))?;
+    detached(py, move || {
+        borrow::check(table.claims.as_flattened(), 6)?;
+        let jobs = table.heads.iter().zip(&table.claims).zip(numbers);
+        let jobs = jobs.map(|((&[.., k], [x, g, m, p, u, w]), &[scale, alpha, size])| {
+            // SAFETY: as in `lowrank_step`.
+            let (x, g, m, factors) =
+                unsafe { (x.exclusive(), g.shared(), m.exclusive(), [p, u, w].map(|c| c.shared())) };
+            Ok(parts::Write { options: *pick(&options, k)?, scale, x, g, m, factors, alpha, size })
+        });
+        let jobs = jobs.collect::<Result<_, Error>>()?;
+        let writes = if double { parts::writes::<f64> } else { parts::writes::<f32> };
+        writes(Context::new(threads), jobs)
+    })
+}
+
+/// The first two of some operands that share memory, if any do.
+#[pyfunction]
+pub(super) fn overlap(table: PyReadonlyArray2<'_, i64>) -> PyResult<Option<(usize, usize)>> {
+    match borrow::check(&operands(&table, None, 0)?, 1) {
+        Err(Error::Overlap { first, second }) => Ok(Some((first, second))),
+        Err(Error::Value { .. }) | Ok(()) => Ok(None), // a view that aliases itself is refused when it is stepped
+        Err(e) => Err(e.into()),
+    }
+}
