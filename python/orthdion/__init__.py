@@ -1,10 +1,36 @@
-"""orthdion: Orth-Dion and its family, low-rank spectral optimizers for PyTorch with a Rust core."""
+"""orthdion: Orth-Dion and its family, spectral optimizers for PyTorch with a Rust core."""
 
-from . import diagnostics, linalg
+from . import diagnostics, functional, linalg, requests
+from .core.optimizer import MatrixOptimizer
+from .core.registry import register
+from .core.rule import Rule, StateSpec
+from .create import OptimizerInfo, create, list_optimizers
+from .distributed import decouple
 from .grouping import ParamGroups, param_groups
-from .optim import CurvaDion, Dion, OrthDion
-from .sharding import decouple
+from .optim import AdamW, CompletedDion, CurvaDion, Dion, Lion, Muon, OrthDion
 
 __version__ = "0.1.0"
 
-__all__ = ["CurvaDion", "Dion", "OrthDion", "ParamGroups", "decouple", "diagnostics", "linalg", "param_groups"]
+__all__ = [
+    "AdamW",
+    "CompletedDion",
+    "CurvaDion",
+    "Dion",
+    "Lion",
+    "MatrixOptimizer",
+    "Muon",
+    "OptimizerInfo",
+    "OrthDion",
+    "ParamGroups",
+    "Rule",
+    "StateSpec",
+    "create",
+    "decouple",
+    "diagnostics",
+    "functional",
+    "linalg",
+    "list_optimizers",
+    "param_groups",
+    "register",
+    "requests",
+]

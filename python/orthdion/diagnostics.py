@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from ._text import table
+from .requests import Report
 
 if TYPE_CHECKING:
-    from .optim.lowrank import LowRankOptimizer
+    from .core.optimizer import MatrixOptimizer
 
 __all__ = ["MatrixDiagnostics", "last_step", "summary"]
 
@@ -39,7 +42,7 @@ class MatrixDiagnostics:
     skipped: bool
 
 
-def last_step(optimizer: LowRankOptimizer) -> list[MatrixDiagnostics]:
+def last_step(optimizer: MatrixOptimizer) -> list[MatrixDiagnostics]:
     """One entry a matrix that the last step touched.
 
     Raises:
@@ -47,17 +50,21 @@ def last_step(optimizer: LowRankOptimizer) -> list[MatrixDiagnostics]:
     """
     if not optimizer._diagnose:
         raise ValueError("diagnostics are off; build the optimizer with diagnostics=True")
-    if not optimizer._reports:
+    if not optimizer._done:
         raise ValueError("the optimizer has not stepped yet")
+    reports: dict[Tensor, list[Report]] = {}
+    for owners, outcomes in optimizer._done:
+        for p, outcome in zip(owners, outcomes, strict=True):
+            reports.setdefault(p, []).append(outcome.report())
     result = []
-    for p, reports in optimizer._reports.items():
+    for p, found in reports.items():
         if "Q" not in optimizer.state[p]:
             continue
         name, rank = optimizer._name(p), optimizer.state[p]["Q"].shape[-1]
-        for i, r in enumerate(outcome.report() for outcome in reports):
+        for i, r in enumerate(found):
             result.append(
                 MatrixDiagnostics(
-                    name if len(reports) == 1 else f"{name}[{i}]",
+                    name if len(found) == 1 else f"{name}[{i}]",
                     r.nu,
                     r.descent / r.nuclear if r.nuclear else 0.0,
                     r.r_energy / r.b_energy if r.b_energy else 0.0,
@@ -70,7 +77,7 @@ def last_step(optimizer: LowRankOptimizer) -> list[MatrixDiagnostics]:
     return result
 
 
-def summary(optimizer: LowRankOptimizer) -> str:
+def summary(optimizer: MatrixOptimizer) -> str:
     """:func:`last_step` as a table."""
     head = [f.name for f in fields(MatrixDiagnostics)]
     rows = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in astuple(entry)] for entry in last_step(optimizer)]

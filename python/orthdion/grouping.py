@@ -1,6 +1,6 @@
 """Which parameter goes to which algorithm, and why (docs/algorithms.md, section 6).
 
-Hidden matrices go to the low-rank algorithm. Embeddings, the head, norms, biases and vectors go to AdamW or Lion:
+Hidden matrices go to the optimizer's own rule ("matrix"). Embeddings, the head, norms, biases and vectors go to AdamW or Lion:
 Dion's family runs on an embedding or a head but trains poorly there.
 """
 
@@ -16,6 +16,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ._text import table
+from .core.groups import MATRIX
+from .core.registry import rules
 
 __all__ = ["Decision", "ParamGroups", "param_groups"]
 
@@ -69,7 +71,7 @@ def param_groups(
     lr: float | None = None,
     overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
 ) -> ParamGroups:
-    """Groups for :class:`orthdion.OrthDion` and :class:`orthdion.Dion`.
+    """Groups for any of this library's optimizers; "matrix" is the algorithm of those that its own rule steps.
 
     Args:
         model: its trainable parameters are grouped; frozen ones are listed and left out.
@@ -83,7 +85,7 @@ def param_groups(
         The groups; ``print`` them to see every decision with its reason.
 
     Raises:
-        ValueError: a pattern that matches nothing, a vector forced into the low-rank algorithm, a missing ``lr``.
+        ValueError: a pattern that matches nothing, a vector forced into a rule of matrices, a missing ``lr``.
         TypeError: if ``model`` is no module.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -170,16 +172,16 @@ def _decide(
         if isinstance(conv, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             return {"algorithm": scalar}, "transposed convolution keeps (in, out): not stepped as a matrix"
         if conv.groups > 1 and p.ndim != 3:
-            grouped = {"algorithm": "dion", "flatten": True, "row_blocks": conv.groups}
+            grouped = {"algorithm": MATRIX, "flatten": True, "row_blocks": conv.groups}
             return grouped, f"convolution in {conv.groups} groups, a matrix each"
-        return {"algorithm": "dion", "flatten": True}, "convolution, as a matrix (out, in·kernel)"
+        return {"algorithm": MATRIX, "flatten": True}, "convolution, as a matrix (out, in·kernel)"
     if p.ndim == 2 and p.shape[0] % 3 == 0 and p.shape[0] == 3 * p.shape[1] and _QKV.search(name):
-        return {"algorithm": "dion", "row_blocks": 3}, "fused QKV: three hidden matrices"
+        return {"algorithm": MATRIX, "row_blocks": 3}, "fused QKV: three hidden matrices"
     if p.ndim == 3:
-        return {"algorithm": "dion"}, f"stack of {p.shape[0]} hidden matrices"
+        return {"algorithm": MATRIX}, f"stack of {p.shape[0]} hidden matrices"
     if p.ndim > 3:
-        return {"algorithm": "dion"}, "as a matrix (first axis, rest)"
-    return {"algorithm": "dion"}, "hidden matrix"
+        return {"algorithm": MATRIX}, "as a matrix (first axis, rest)"
+    return {"algorithm": MATRIX}, "hidden matrix"
 
 
 def _is_head(name: str, p: Tensor, modules: list[nn.Module], model: nn.Module) -> bool:
@@ -210,13 +212,15 @@ def _override(
     if not settings:
         return settings, "frozen (requires_grad is False)"
     keys = {"algorithm": wish} if isinstance(wish, str) else dict(wish)
-    if keys.get("algorithm", settings["algorithm"]) == "dion" and p.ndim < 2:
+    chosen = keys.get("algorithm", settings["algorithm"])
+    elementwise = chosen in rules() and rules()[chosen].elementwise
+    if not elementwise and p.ndim < 2:
         raise ValueError(
-            f"overrides[{pattern!r}] gives the vector {name} to the low-rank algorithm, which needs matrices"
+            f"overrides[{pattern!r}] gives the vector {name} to a rule that needs matrices"
         )
     if keys.get("algorithm", settings["algorithm"]) != settings["algorithm"]:
         settings = (
-            {"flatten": True} if conv and keys["algorithm"] == "dion" else {}
+            {"flatten": True} if conv and not elementwise else {}
         )  # the rest was for the other algorithm
     return {**settings, **keys}, f"{reason}; overridden by {pattern!r}"
 

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .backends import reference, rust_core_error
-from .backends.reference import unit_roundoff
+from .backends import rust_core_error
+from .numerics import orthonormal as reference
+from .numerics.orthonormal import unit_roundoff
 
 __all__ = ["polar", "power_iteration", "qr"]
 
@@ -73,7 +74,7 @@ def qr(a: Array, tol: float | None = None) -> tuple[Array, Array]:
         n, r = a.shape
         if _native(a):
             v, t = _empty(a, (n, r)), np.zeros((r, r))
-            _call("factor", (a, v), t, False, _nearly_orthogonal(n, r), tol)
+            _factor(a, v, t.reshape(-1), False, tol)
             return v, _like(t, a)
         wide = a.double()
         v, _ = reference.orthonormalize(_finite(wide), tol)
@@ -104,8 +105,7 @@ def polar(a: Array, tol: float | None = None) -> Array:
     def one(a: Any) -> tuple[Any, ...]:
         if _native(a):
             v = _empty(a, tuple(a.shape))
-            n, r = a.shape
-            _call("factor", (a, v), np.zeros((r, r)), True, _nearly_orthogonal(n, r), tol)
+            _factor(a, v, np.empty(0), True, tol)
             return (v,)
         return (reference.polar(_finite(a.double()), tol)[0].to(a.dtype),)
 
@@ -200,12 +200,27 @@ def _nearly_orthogonal(n: int, r: int) -> bool:
     return n >= 3 * r
 
 
+def _factor(a: Any, v: Any, triangle: NDArray[np.float64], polar: bool, tol: float) -> None:
+    from . import _core
+    from .backends.table import table
+
+    n, r = a.shape
+    views = tuple(_plain(x) for x in (a, v))
+    double = str(a.dtype).endswith("float64")
+    rows = table([((n, r, 0, 0), views)])
+    _core.factors(rows, triangle, polar, _nearly_orthogonal(n, r), tol, double, torch.get_num_threads())
+
+
+def _plain(a: Any) -> Any:
+    return a.detach().resolve_neg() if isinstance(a, Tensor) else _whole_strides(a)
+
+
 def _call(name: str, arrays: tuple[Any, ...], *rest: Any) -> None:
     from . import _core
     from .backends.table import operands
 
     double = str(arrays[0].dtype).endswith("float64")
-    detached = tuple(a.detach().resolve_neg() if isinstance(a, Tensor) else _whole_strides(a) for a in arrays)
+    detached = tuple(_plain(a) for a in arrays)
     getattr(_core, name)(operands(*detached), *rest, double, torch.get_num_threads())
 
 

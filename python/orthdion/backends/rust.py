@@ -1,9 +1,9 @@
-"""CPU tensors through the Rust core: the whole step of all matrices in one call, without copies."""
+"""CPU tensors through the Rust core, without copies: one call for all requests of a kind, and whole steps in one call."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -13,206 +13,155 @@ from torch import Tensor
 
 from orthdion import _core
 
-from ..optim.elementwise import Rule
-from ..optim.step import Matrix, Options, Report, Tail
-from .reference import Job, Reference
-from .table import describe, fixed_words, operands
+from ..requests import (
+    Blend,
+    Elementwise,
+    Energies,
+    Factor,
+    LowRank,
+    LowRankUpdate,
+    NewtonSchulz,
+    Precision,
+    Product,
+    Request,
+    Sketch,
+)
+from .fused import elementwise, low_rank, written
+from .table import table
+from .torch import TorchBackend
 
-__all__ = ["Rust", "elementwise_step", "lowrank_step"]
-
-_RIGHT = {"qr": 0, "column": 1, "polar": 2}
-_TAIL = {"feedback": 0, "linear": 1, "normalized": 2}
-_VIEWS = 27
-
-
-def _by_precision(dtypes: Sequence[torch.dtype]) -> list[tuple[bool, list[int]]]:
-    """Indices of the tensors that are computed in double and in single precision."""
-    parts = [(True, [i for i, d in enumerate(dtypes) if d == torch.float64])]
-    parts.append((False, [i for i, d in enumerate(dtypes) if d != torch.float64]))
-    return [part for part in parts if part[1]]
-
-
-def lowrank_step(matrices: Sequence[tuple[Matrix, Options]]) -> list[Report]:
-    """Steps every matrix in place; see :func:`orthdion.optim.step.step`, whose results it has."""
-    reports = np.zeros((len(matrices), 8))
-    hyper = {key: numbers_of(o) for key, o in {id(o): o for _, o in matrices}.items()}  # a few for many matrices
-    for double, index in _by_precision([m.x.dtype for m, _ in matrices]):
-        words: list[int] = []
-        numbers: list[float] = []
-        for i in index:
-            m, o = matrices[i]
-            before, behind = m.words or fixed_words(m.x, m.m, m.q)
-            words += before
-            words += describe(m.g)
-            words += behind
-            numbers += hyper[id(o)]
-            numbers.append(m.scale)
-        table = np.array(words, dtype=np.int64).reshape(len(index), _VIEWS)
-        out = np.zeros((len(index), 8))
-        _core.lowrank_step(table, np.array(numbers).reshape(len(index), 13), out, double, torch.get_num_threads())
-        reports[index] = out
-    _bump([t for m, _ in matrices for t in (m.x, m.m, m.q)])
-    result = [Report(skipped=False)] * len(matrices)
-    for i in np.flatnonzero(reports.any(axis=1)).tolist():
-        skipped, null, *figures = reports[i].tolist()
-        result[i] = Report(bool(skipped), int(null), *figures)
-    return result
+__all__ = ["RustBackend"]
 
 
-def numbers_of(o: Options) -> tuple[float, ...]:
-    """Hyperparameters as the core takes them; a matrix's scale follows."""
-    kappa = float("nan") if o.kappa is None else o.kappa
-    return (
-        o.lr,
-        o.weight_decay,
-        o.a,
-        o.b,
-        _RIGHT[o.right_factor],
-        _TAIL[o.tail],
-        o.tail_scale,
-        kappa,
-        o.maximize,
-        o.epsilon,
-        o.diagnostics,
-        o.half,
+class RustBackend(TorchBackend):
+    """B is formed while the core packs it, and never stored."""
+
+    name = "rust"
+    fused = {LowRank: low_rank, Elementwise: elementwise}
+
+    def key(self, request: Request) -> Hashable:
+        """The core takes matrices of all shapes in one call."""
+        if isinstance(request, (Sketch, Product)):
+            return type(request), request.b.w.precision
+        if isinstance(request, Factor):
+            return Factor, request.kind, request.tol, request.tensor.dtype
+        if isinstance(request, NewtonSchulz):
+            return NewtonSchulz, request.coefficients, request.divisor, request.epsilon, request.precision
+        if isinstance(request, LowRankUpdate):
+            return LowRankUpdate, request.b.w.precision, request.residual is None or request.residual.columns is None
+        return request.key()
+
+    # ------------------------------------------------------------ factorizations and iterations
+
+    def factor_of_many(self, qs: list[Factor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """QR by Cholesky or Householder, polar factors by QDWH."""
+        out = [torch.empty_like(q.tensor, memory_format=torch.contiguous_format) for q in qs]
+        rows = [((*q.tensor.shape, 0, 0), (q.tensor, v)) for q, v in zip(qs, out, strict=True)]
+        # A polar factor is R's, whose columns are nearly orthogonal; QR is that of B·Q too, whose columns are not.
+        polar, double = qs[0].kind == "polar", qs[0].tensor.dtype == torch.float64
+        null = _core.factors(table(rows), np.empty(0), polar, polar, qs[0].tol, double, _threads())
+        return [(v, torch.tensor(n), q.tensor) for q, v, n in zip(qs, out, null, strict=True)]
+
+    def newton_schulz_of_many(self, qs: list[NewtonSchulz]) -> list[Tensor]:
+        """Symmetric products once, on the Gram matrix where that is smaller."""
+        first = qs[0]
+        out = [torch.empty(q.tensor.shape, dtype=q.precision.dtype) for q in qs]
+        rows = [((*q.tensor.shape, 0, 0), (q.tensor, x)) for q, x in zip(qs, out, strict=True)]
+        coefficients = np.array(first.coefficients, dtype=np.float64).reshape(-1, 3)
+        double, half = _double_and_half(first.precision)
+        finite = _core.newton_schulz(
+            table(rows), coefficients, first.divisor, first.epsilon, half, double, _threads()
+        )
+        for x, good in zip(out, finite, strict=True):
+            if not good:
+                x.fill_(math.nan)
+        return out
+
+    # ------------------------------------------------------------ blends
+
+    def _products(
+        self, jobs: list[tuple[Blend, Tensor]], transposed: bool, sums: NDArray[np.float64] | None = None
+    ) -> list[tuple[Tensor, float]]:
+        """``B A``, or ``Bᵀ A``, each with its largest entry; and the sums of B's squares along the result's rows."""
+        precision, rows, out = jobs[0][0].w.precision, [], []
+        for b, a in jobs:
+            m, n = b.shape
+            product = torch.empty(n if transposed else m, a.shape[1], dtype=precision.dtype)
+            rows.append(((m, n, a.shape[1], 0), (b.m, b.w.g, a, product)))
+            out.append(product)
+        coefficients = np.array([(b.cm * float(b.size), b.cg * float(b.size)) for b, _ in jobs])
+        double, half = _double_and_half(precision)
+        kept = np.empty(0) if sums is None else sums
+        largest = _core.products(table(rows), coefficients, transposed, kept, double, half, _threads())
+        return list(zip(out, largest, strict=True))
+
+    def sketch_of_many(self, qs: list[Sketch]) -> list[tuple[Tensor, Tensor]]:
+        """``B Q``; max |B| itself is only looked for where the product's leaves open whether squares are safe."""
+        results = []
+        for q, (product, top) in zip(qs, self._products([(q.b, q.q) for q in qs], False), strict=True):
+            safe = q.b.w.precision.safe
+            if not 1.0 / safe < top < safe:
+                coefficients = np.array([[q.b.cm * float(q.b.size), q.b.cg * float(q.b.size)]])
+                (top,) = _core.largest(table([((*q.b.shape, 0, 0), (q.b.m, q.b.w.g))]), coefficients, _threads())
+            results.append((product, torch.tensor(top if math.isfinite(top) else math.inf, dtype=torch.float64)))
+        return results
+
+    def product_of_many(self, qs: list[Product]) -> list[Tensor]:
+        """``Bᵀ P``"""
+        return [out for out, _ in self._products([(q.b, q.p) for q in qs], True)]
+
+    def energies(self, q: Energies) -> tuple[Tensor, Tensor]:
+        """Sums that are taken while B is packed."""
+        m, n = q.b.shape
+        rows, columns, dtype = np.zeros(m), np.zeros(n), q.b.w.precision.dtype
+        for sums, transposed, inner in ((rows, False, n), (columns, True, m)):
+            if sums.size:
+                self._products([(q.b, torch.zeros(inner, 0, dtype=dtype))], transposed, sums)
+        return torch.from_numpy(rows), torch.from_numpy(columns)
+
+    # ------------------------------------------------------------ writes
+
+    def low_rank_update_of_many(self, qs: list[LowRankUpdate]) -> list[Any]:
+        """X and M in one pass over each; a normalized residual over ranks is plain torch's."""
+        if qs[0].residual is not None and qs[0].residual.columns is not None:
+            return [self.low_rank_update(q) for q in qs]
+        forms: dict[LowRank, int] = {}
+        rows, numbers = [], []
+        for q in qs:
+            alpha = 0.0 if q.residual is None or q.residual.alpha is None else float(q.residual.alpha)
+            w, u = q.b.w, q.v - alpha * q.r if alpha else q.v
+            k = forms.setdefault(_form(q), len(forms))
+            rows.append(((*w.x.shape, q.p.shape[1], k), (w.x, w.g, q.b.m, q.p, u, q.fed)))
+            numbers.append((q.scale, alpha, float(q.b.size)))
+        double = qs[0].b.w.precision.dtype == torch.float64
+        _core.writes(table(rows), list(forms), np.array(numbers), double, _threads())
+        written([t for q in qs for t in (q.b.w.x, q.b.m)])
+        for q in qs:
+            self.keep(q)
+        return [q.b.w.outcome(q.null, q.figures) for q in qs]
+
+
+def _form(q: LowRankUpdate) -> LowRank:
+    a, b = q.feedback
+    ahead = abs(q.b.cg) != q.b.cm  # B = κM⁺ ± G = κM ± (1 + κ)G
+    return LowRank(
+        lr=float(q.lr),
+        weight_decay=float(q.weight_decay),
+        maximize=q.b.cg < 0.0,
+        a=a,
+        b=b,
+        right_factor="qr",
+        residual=None if q.residual is None else "linear",
+        residual_scale=0.0,
+        kappa=q.b.cm if ahead else None,
+        epsilon=0.0,
+        bfloat16=q.b.w.precision.rounding == "bfloat16",
     )
 
 
-def elementwise_step(tensors: Sequence[tuple[tuple[Tensor, ...], Rule]]) -> list[bool]:
-    """AdamW (X, G, M, V) or Lion (X, G, M) on 2-D views in place; returns which were skipped for NaN or infinity."""
-    skipped = np.zeros(len(tensors), dtype=bool)
-    for double, index in _by_precision([t[0].dtype for t, _ in tensors]):
-        table = np.zeros((len(index), _VIEWS), dtype=np.int64)
-        numbers = np.empty((len(index), 9))
-        for row, i in enumerate(index):
-            views, rule = tensors[i]
-            words: list[Any] = [*views[0].shape, 0]
-            for view in views:
-                words.extend(describe(view))
-            table[row, : len(words)] = words
-            numbers[row] = (
-                rule.algorithm == "lion",
-                rule.lr,
-                rule.weight_decay,
-                rule.beta1,
-                rule.beta2,
-                rule.epsilon,
-                1.0 - rule.beta1**rule.step,
-                1.0 - rule.beta2**rule.step,
-                rule.maximize,
-            )
-        out = np.zeros(len(index), dtype=bool)
-        _core.elementwise_step(table, numbers, out, double, torch.get_num_threads())
-        skipped[index] = out
-    _bump([t for views, _ in tensors for k, t in enumerate(views) if k != 1])
-    return [bool(s) for s in skipped]
+def _double_and_half(precision: Precision) -> tuple[bool, bool]:
+    return precision.dtype == torch.float64, precision.rounding == "bfloat16"
 
 
-def _bump(tensors: list[Tensor]) -> None:
-    """Tells autograd that these were written: a graph that still needs their old values must notice."""
-    torch.autograd.graph.increment_version(tensors)
-
-
-class Rust(Reference):
-    """The primitives for matrices that lie on several ranks."""
-
-    name = "rust"
-
-    def open(self, x: Tensor, g: Tensor, m: Tensor, q: Tensor, o: Options) -> Job:
-        """A step's large operands, where they are; a normalized tail, whose sums run over ranks, goes over copies."""
-        return Job(self, x, g, m, q, o) if o.tail == "normalized" else RustJob(self, x, g, m, q, o)
-
-    def orthonormalize(self, a: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-        """``orth(A)`` and its null directions (section 4)."""
-        return _factor(a, tol, polar=False)
-
-    def polar(self, a: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-        """``A (AᵀA)^(−1/2)`` and the null directions."""
-        return _factor(a, tol, polar=True)
-
-
-class RustJob(Job):
-    """B is formed while the core packs it, and never stored."""
-
-    def __init__(self, be: Reference, x: Tensor, g: Tensor, m: Tensor, q: Tensor, o: Options) -> None:
-        self._be, self._o, self._targets, self._g = be, o, (x, m, q), g
-        self._double = x.dtype == torch.float64
-        self.old = q.to(torch.float64 if self._double else torch.float32, copy=True)
-        self.size = 1.0
-        self._sketch: tuple[float, Tensor, float] | None = None
-
-    def _sum(self, kappa: float | None) -> tuple[float, float]:
-        """The coefficients of M and G in B, or (``kappa`` None) in M⁺."""
-        size = float(self.size)
-        sign = -size if self._o.maximize else size
-        return (size, sign) if kappa is None else (kappa * size, (1.0 + kappa) * sign)
-
-    def _product(
-        self,
-        a: Tensor,
-        transposed: bool,
-        kappa: float | None,
-        sums: NDArray[np.float64] | None = None,
-    ) -> tuple[Tensor, float]:
-        _, m, _ = self._targets
-        out = a.new_empty(m.shape[1] if transposed else m.shape[0], a.shape[1])
-        table = operands(m, self._g, a, out)
-        sums = np.empty(0) if sums is None else sums
-        threads = torch.get_num_threads()
-        largest = _core.part_product(table, self._sum(kappa), transposed, sums, self._double, self._o.half, threads)
-        return out, largest
-
-    def sketch(self) -> Tensor:
-        """``B Q`` (m, r)"""
-        if self._sketch is None or self._sketch[0] != self.size:
-            self._sketch = (float(self.size), *self._product(self.old, False, self._o.kappa))
-        return self._sketch[1]
-
-    def entry(self) -> Tensor:
-        """A size that tells whether squares of B are safe: max |B Q|, or max |B| where that leaves it open; infinite if
-        B is not finite.
-        """
-        self.sketch()
-        assert self._sketch is not None
-        largest, safe = self._sketch[2], self._be.safe(self.old)
-        if not 1.0 / safe < largest < safe:
-            largest = _core.part_largest(operands(self._targets[1], self._g), self._sum(self._o.kappa), 1)
-        return torch.tensor(largest if math.isfinite(largest) else math.inf, dtype=torch.float64)
-
-    def rescale(self, size: float) -> None:
-        """Multiplies B by a power of two."""
-        self.size = size
-
-    def back(self, p: Tensor) -> Tensor:
-        """``Bᵀ P`` (n, r)"""
-        return self._product(p, True, self._o.kappa)[0]
-
-    def captured(self, p: Tensor) -> Tensor:
-        """``size·M⁺ᵀ P`` (n, r)"""
-        return self._product(p, True, None)[0]
-
-    def energies(self) -> tuple[Tensor, Tensor]:
-        """Sums of B's squares along each row (m,) and down each column (n,)."""
-        _, m, _ = self._targets
-        rows, columns = np.zeros(m.shape[0]), np.zeros(m.shape[1])
-        for sums, transposed, inner in ((rows, False, m.shape[1]), (columns, True, m.shape[0])):
-            self._product(self.old.new_zeros(inner, 1), transposed, self._o.kappa, sums)
-        return torch.from_numpy(rows), torch.from_numpy(columns)
-
-    def write(self, p: Tensor, r: Tensor, v: Tensor, w: Tensor, scale: float, tail: Tail) -> None:
-        """``X ← (1 − ηλ)X − η·scale·D`` and ``M ← a·M⁺ − (a − b)·P Wᵀ/size``, in place."""
-        x, m, _ = self._targets
-        alpha = 0.0 if tail.alpha is None else float(tail.alpha)
-        u = v - alpha * r if alpha else v
-        numbers = np.array([*numbers_of(self._o), scale])
-        table = operands(self._g, p, u, w, x, m)
-        _core.part_write(table, numbers, alpha, float(self.size), self._double, torch.get_num_threads())
-        _bump([x, m])
-
-
-def _factor(a: Tensor, tol: float, polar: bool) -> tuple[Tensor, Tensor]:
-    v, double = torch.empty_like(a, memory_format=torch.contiguous_format), a.dtype == torch.float64
-    t, threads = np.zeros((a.shape[1],) * 2), torch.get_num_threads()
-    # A polar factor is R's, whose columns are nearly orthogonal; QR is that of B·Q too, whose columns are not.
-    null, _ = _core.factor(operands(a, v), t, polar, polar, tol, double, threads)
-    return v, torch.tensor(null)
+def _threads() -> int:
+    return torch.get_num_threads()

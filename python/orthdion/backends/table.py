@@ -6,30 +6,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DTYPES", "Words", "describe", "fixed_words", "operands"]
+__all__ = ["DTYPES", "VIEW", "Table", "describe", "operands", "table"]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NUMPY = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.float16): 3}
 
+#: Numbers of a view: address, dtype, row stride, column stride, allocation, its bytes; strides in elements.
+VIEW = 6
 View = tuple[int, int, int, int, int, int]
-#: What stands before and behind G's view in a matrix's row of the core's table.
-Words = tuple[tuple[int, ...], tuple[int, ...]]
+Table = NDArray[np.int64]
 
 
 def describe(t: Tensor) -> View:
-    """``(address, dtype, row stride, column stride, allocation, its bytes)`` of a 2-D CPU tensor, strides in
-    elements.
-    """
+    """The numbers of a 2-D CPU tensor."""
     storage = t.untyped_storage()
     row, column = t.stride()
     return t.data_ptr(), DTYPES[t.dtype], row, column, storage.data_ptr(), storage.nbytes()
-
-
-def fixed_words(x: Tensor, m: Tensor, q: Tensor) -> Words:
-    """``m, n, r`` and X's view, and those of M and Q."""
-    return (*x.shape, q.shape[1], *describe(x)), (*describe(m), *describe(q))
 
 
 def _describe_array(a: np.ndarray[Any, Any]) -> View:
@@ -39,9 +34,15 @@ def _describe_array(a: np.ndarray[Any, Any]) -> View:
     return a.ctypes.data, _NUMPY[a.dtype], row, column, low, high - low
 
 
-def operands(*arrays: Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _view(a: Tensor | np.ndarray[Any, Any]) -> View:
+    return describe(a) if isinstance(a, Tensor) else _describe_array(a)
+
+
+def operands(*arrays: Tensor | np.ndarray[Any, Any]) -> Table:
     """The table of a call on a few matrices: ``[rows, columns, 0]`` and the view, a row each."""
-    rows = [
-        (a.shape[0], a.shape[1], 0, *(describe(a) if isinstance(a, Tensor) else _describe_array(a))) for a in arrays
-    ]
-    return np.array(rows, dtype=np.int64)
+    return np.array([(a.shape[0], a.shape[1], 0, *_view(a)) for a in arrays], dtype=np.int64)
+
+
+def table(rows: list[tuple[tuple[int, int, int, int], tuple[Tensor | np.ndarray[Any, Any], ...]]]) -> Table:
+    """The table of a list call: four numbers that say shapes and options, and the views, a row a matrix."""
+    return np.array([(*head, *(n for a in views for n in _view(a))) for head, views in rows], dtype=np.int64)

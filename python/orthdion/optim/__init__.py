@@ -1,7 +1,25 @@
-"""Optimizers, one file each; what they share stands in files named after what it is."""
+"""Optimizers, one file each: equations, options, states, step, torch class. This is the registry of ours."""
 
+from __future__ import annotations
+
+from ..core.optimizer import MatrixOptimizer
+from .adamw import AdamW
+from .completed_dion import CompletedDion
 from .curvadion import CurvaDion
 from .dion import Dion
+from .lion import Lion
+from .muon import Muon
 from .orth_dion import OrthDion
 
-__all__ = ["CurvaDion", "Dion", "OrthDion"]
+__all__ = ["OPTIMIZERS", "AdamW", "CompletedDion", "CurvaDion", "Dion", "Lion", "Muon", "OrthDion"]
+
+#: Every optimizer by name; one line each.
+OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
+    "completed-dion": CompletedDion,
+    "orth-dion": OrthDion,
+    "dion": Dion,
+    "curvadion": CurvaDion,
+    "muon": Muon,
+    "adamw": AdamW,
+    "lion": Lion,
+}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..sharding import Body, Group, Layout, Reduce, everyone, local, mean_over, one_each
-from .gradients import arrive
-from .hyper import number
-from .lowrank import Given, LowRankOptimizer
-from .step import Report
+from ..core.gradients import arrive, mean_over
+from ..core.optimizer import Given, MatrixOptimizer
+from ..core.options import check_number
+from ..core.rule import Rule
+from ..core.runtime import Runtime, one_each
+from ..distributed import everyone, local
+from ..requests import Body, Group, Layout, Reduce, Report
+from .dion import Dion, DionRule
 
 __all__ = ["CurvaDion", "Synchronisation"]
 
@@ -42,7 +46,7 @@ class Synchronisation:
         return self.synchronised / max(self.steps, 1)
 
 
-class CurvaDion(LowRankOptimizer):
+class CurvaDion(MatrixOptimizer, rule=DionRule):
     r"""Dion that synchronises replicas only when some layer's momentum changes fast.
 
     .. math::
@@ -69,9 +73,9 @@ class CurvaDion(LowRankOptimizer):
         ValueError, TypeError: as :class:`orthdion.OrthDion`.
     """
 
-    _published = ("column", "dion")
-    _kept = (
-        *LowRankOptimizer._kept,
+    positional = Dion.positional
+    _kept_in_copies = (
+        *MatrixOptimizer._kept_in_copies,
         *("_threshold", "_max_interval", "_local_step", "_local_lr"),
         *("_since", "_steps", "_synchronised", "_forced", "_drift", "_largest"),
     )
@@ -87,13 +91,13 @@ class CurvaDion(LowRankOptimizer):
         local_lr: float | None = None,
         **options: Any,
     ) -> None:
-        number("threshold", threshold, 0.0)
+        check_number("threshold", threshold, 0.0)
         if isinstance(max_interval, bool) or not isinstance(max_interval, int) or max_interval < 1:
             raise ValueError(f"max_interval must be a whole number of at least 1, not {max_interval!r}")
         if local_step not in ("gradient", "dion"):
             raise ValueError(f"local_step must be 'gradient' or 'dion', not {local_step!r}")
         if local_lr is not None:
-            number("local_lr", local_lr, 0.0)
+            check_number("local_lr", local_lr, 0.0)
         self._threshold, self._max_interval = float(threshold), max_interval
         self._local_step, self._local_lr = local_step, local_lr
         self._since = self._steps = self._synchronised = self._forced = 0
@@ -109,7 +113,7 @@ class CurvaDion(LowRankOptimizer):
         self._reunite()
         super().synchronize_for_checkpoint()
 
-    def _advance(self, given: list[Given]) -> None:
+    def _advance(self, given: Sequence[Given], rules: dict[int, Rule]) -> None:
         self._largest = self._change(given)
         forced = self._since + 1 >= self._max_interval
         self._steps += 1
@@ -117,26 +121,30 @@ class CurvaDion(LowRankOptimizer):
             self._forced += self._largest <= self._threshold
             self._synchronised += 1
             self._reunite()
-            super()._advance(given)
+            super()._advance(given, rules)
             return
         self._since += 1
         self._drifted = self._meshes.replicas.size > 1
-        alone: list[Given] = [(p, group, g, at.synchronised()) for p, group, g, at in given]
+        alone = [one._replace(at=one.at.synchronised()) for one in given]
+        matrices = [one for one in alone if not one.entry.rule.elementwise]
         if self._local_step == "dion":
             # The replicas' common Q is what their factors are averaged in: it waits for the next meeting.
-            kept = {p: local(self.state[p]["Q"]).clone() for p, *_ in alone if "Q" in self.state[p]}
-            super()._advance(alone)
+            kept = {one.entry.p: local(self.state[one.entry.p]["Q"]).clone() for one in matrices}
+            super()._advance(alone, rules)
             for p, q in kept.items():
                 local(self.state[p]["Q"]).copy_(q)
             return
-        super()._advance([x for x in alone if x[1]["algorithm"] != "dion"])
-        matrices = [x for x in alone if x[1]["algorithm"] == "dion"]
-        bodies = [arrive(torch.zeros_like(local(p)) if g is None else g, g is not None, at) for p, _, g, at in matrices]
-        for (p, group, _, _), arrival in zip(matrices, self._comm.run(bodies, one_each(bodies)), strict=True):
+        super()._advance([one for one in alone if one.entry.rule.elementwise], rules)
+        bodies = [
+            arrive(torch.zeros_like(local(one.entry.p)) if one.g is None else one.g, one.g is not None, one.at)
+            for one in matrices
+        ]
+        arrivals = Runtime(self._comm).run(bodies, one_each(bodies))
+        for (entry, *_), arrival in zip(matrices, arrivals, strict=True):
             if arrival.skipped or arrival.g is not None:
-                self._reports.setdefault(p, []).append(Report(arrival.skipped))
+                self._done.append(([entry.p], [Report(arrival.skipped)]))
             if arrival.g is not None:
-                self._gradient_step(p, group, arrival.g)
+                self._gradient_step(entry.p, entry.group, arrival.g)
 
     def _gradient_step(self, p: Tensor, group: dict[str, Any], g: Tensor) -> None:
         """``X ← (1 − ηλ)X − η_local·G``, ``M ← μM + G``"""
@@ -148,18 +156,19 @@ class CurvaDion(LowRankOptimizer):
         x.copy_((1.0 - lr * float(group["weight_decay"])) * x.to(wide) - step * g)
         m.copy_(float(group["mu"]) * m.to(wide) + g)
 
-    def _change(self, given: list[Given]) -> float:
+    def _change(self, given: Sequence[Given]) -> float:
         """The largest RMMC over ranks and layers; infinite where a momentum is zero, since nothing is known yet."""
         bodies = []
-        for p, group, g, at in given:
-            if group["algorithm"] == "dion":
-                bodies.append(_change(local(self.state[p]["momentum"]), g, at, bool(group["maximize"])))
-        changes = self._comm.run(bodies, [0] * len(bodies))
+        for entry, g, at, *_ in given:
+            if not entry.rule.elementwise:
+                m = local(self.state[entry.p]["momentum"])
+                bodies.append(_change(m, g, at, bool(entry.group["maximize"])))
+        changes = Runtime(self._comm).run(bodies, [0] * len(bodies))
         largest = torch.tensor(max(changes, default=0.0), dtype=torch.float64)
         if given:
-            largest = largest.to(given[0][0].device)
-        alone = self._meshes.replicas.size == 1 and all(at.whole.size == 1 for *_, at in given)
-        return float(largest) if alone else self._comm.run([_maximum(largest, everyone())], [0])[0]
+            largest = largest.to(given[0].entry.p.device)
+        alone = self._meshes.replicas.size == 1 and all(one.at.whole.size == 1 for one in given)
+        return float(largest) if alone else Runtime(self._comm).run([_maximum(largest, everyone())], [0])[0]
 
     def _reunite(self) -> None:
         """Averages what local steps have let drift: weights, states of AdamW and Lion, momenta that are not apart by
@@ -172,7 +181,7 @@ class CurvaDion(LowRankOptimizer):
         targets: list[tuple[Tensor, bool]] = []
         for group in self.param_groups:
             for p in group["params"]:
-                at = self._layout_of(p, group)
+                at = self._entry(p, group).layout
                 if at.replicas.size == 1:
                     continue
                 targets.append((local(p.detach()), True))
@@ -184,13 +193,13 @@ class CurvaDion(LowRankOptimizer):
                         targets.append((local(state), False))
         bodies = [mean_over(replicas, t, "weights") for t, _ in targets]
         drift = total = 0.0
-        for (t, weight), mean in zip(targets, self._comm.run(bodies, one_each(bodies)), strict=True):
+        for (t, weight), mean in zip(targets, Runtime(self._comm).run(bodies, one_each(bodies)), strict=True):
             if weight:
                 drift += float((t.double() - mean.double()).square().sum())
                 total += float(mean.double().square().sum())
             t.copy_(mean)
         moved = torch.tensor([drift, total], dtype=torch.float64, device=targets[0][0].device if targets else None)
-        drift, total = self._comm.run([mean_over(everyone(), moved, "norms")], [0])[0].tolist()
+        drift, total = Runtime(self._comm).run([mean_over(everyone(), moved, "norms")], [0])[0].tolist()
         self._drift = max(self._drift, math.sqrt(drift / total) if total else 0.0)
 
 

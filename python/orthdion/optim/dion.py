@@ -2,12 +2,111 @@
 
 from __future__ import annotations
 
-from .lowrank import LowRankOptimizer
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-__all__ = ["Dion"]
+from ..core.low_rank import (
+    RightFactor,
+    blend,
+    check_feedback,
+    feedback_numbers,
+    figures,
+    left_factor,
+    next_q,
+    right_factor,
+)
+from ..core.optimizer import MatrixOptimizer
+from ..core.options import choice, number, option, whole
+from ..core.registry import register
+from ..core.rule import Rule, States, StateSpec
+from ..requests import Body, LowRank, LowRankUpdate, Matrix, Outcome, Report
+
+__all__ = ["Dion", "DionRule"]
 
 
-class Dion(LowRankOptimizer):
+@register
+@dataclass(frozen=True)
+class DionRule(Rule):
+    """The low-rank step with error feedback; published forms differ in ``right_factor`` and ``feedback``."""
+
+    name: ClassVar[str] = "dion"
+    summary: ClassVar[str] = "X −= η·sqrt(m/n)·P Vᵀ, P = orth((M+G) Q), V = unit columns of (M+G)ᵀP; feedback into M"
+    use: ClassVar[str] = "factors in place of gradients on the wire, as microsoft/dion computes it"
+    paper: ClassVar[str] = "arXiv 2504.05295"
+    flops: ClassVar[str] = "8mnr"
+    sent: ClassVar[str] = "(m+n)·r"
+    states: ClassVar[States] = {"momentum": StateSpec(), "Q": StateSpec(("cols", "rank"), start="orthonormal")}
+    tall: ClassVar[bool] = True
+    checks_gradient: ClassVar[bool] = True
+    averages_factors: ClassVar[bool] = True
+
+    mu: float = number(0.95, 0.0, 1.0, doc="μ, the momentum.")
+    rank_fraction: float = number(
+        1.0, 0.0, 1.0, open_low=True, structural=True, doc="r over min(m, n), in (0, 1]."
+    )
+    rank_multiple_of: int = whole(1, 1, structural=True, doc="r is rounded up to a multiple of this.")
+    epsilon: float = number(1e-8, 0.0, doc='The guard of right_factor="column", relative to the largest column.')
+    right_factor: RightFactor = choice(
+        "column", "qr", "column", "polar", doc='V from R: "column" (Dion), "qr" (Orth-Dion), "polar" (exact).'
+    )
+    feedback: Any = option(
+        "dion",
+        check_feedback,
+        'What M keeps of the residual and of what was captured: "dion" (1, μ), "orth-dion" (μ, 0), "pure" (1, 0), '
+        '"momentum" (μ, μ), or two numbers (a, b) in [0, 1].',
+    )
+
+    def scale(self, fan_out: int, fan_in: int) -> float:
+        """``sqrt(m/n)``: η transfers across widths (section 1)."""
+        return math.sqrt(fan_out / max(fan_in, 1))
+
+    def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> LowRank:
+        """What the core is told."""
+        a, b = feedback_numbers(self.feedback, self.mu)
+        return LowRank(
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            maximize=self.maximize,
+            a=a,
+            b=b,
+            right_factor=self.right_factor,
+            residual=None,
+            residual_scale=0.0,
+            kappa=None,
+            epsilon=self.epsilon,
+            diagnostics=diagnostics,
+            bfloat16=bfloat16,
+        )
+
+    def step(self, w: Matrix) -> Body[Outcome]:
+        """``B = M + G``, P and V from it, ``M ← a·(B − P Rᵀ) + b·P Rᵀ``, ``Q ← V``."""
+        left = yield from left_factor(w, blend(w, self.sign))
+        if isinstance(left, Report):
+            return left
+        v, null, r = yield from right_factor(w, left, self.right_factor, self.epsilon)
+        found = yield from figures(w, left.b, r, v, null)
+        q = yield from next_q(w, left, self.right_factor, v, null)
+        return (
+            yield LowRankUpdate(
+                left.b,
+                left.p,
+                r,
+                v,
+                fed=r,
+                q=q,
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                scale=w.scale,
+                feedback=feedback_numbers(self.feedback, self.mu),
+                residual=None,
+                null=null,
+                figures=found,
+            )
+        )
+
+
+class Dion(MatrixOptimizer, rule=DionRule):
     r"""Dion: low-rank spectral descent with a column-normalised right factor, as microsoft/dion computes it.
 
     .. math::
@@ -15,11 +114,12 @@ class Dion(LowRankOptimizer):
         X &\leftarrow (1 - \eta\lambda) X - \eta \sqrt{m/n}\; P V^\top \\
         M &\leftarrow B - (1 - \mu) P R^\top, \qquad Q \leftarrow V
 
-    Constructor keywords up to ``epsilon``, group keys and state keys are those of ``dion.Dion``, whose checkpoints
-    load. Its settings of its own QR have no counterpart here, its mixed precision is ``momentum_dtype`` and
-    ``q_dtype``. ε is relative to the largest column, so that the step does not depend on the gradient's scale. The
-    keyword-only arguments are those of :class:`orthdion.OrthDion`; here ``right_factor`` defaults to "column",
-    ``feedback`` to "dion" and ``rank_fraction`` to 1, as there. Errors as there.
+    Positional keywords, group keys and state keys are those of ``dion.Dion``, whose checkpoints load. Its mixed precision
+    is ``momentum_dtype`` and ``q_dtype``. ε is relative to the largest column, so that the step does not depend on the
+    gradient's scale.
     """
 
-    _published = ("column", "dion")
+    positional = (
+        *("replicate_mesh", "outer_shard_mesh", "inner_shard_mesh", "replicate_mesh_grad_sync"),
+        *("rank_fraction", "rank_multiple_of", "lr", "mu", "betas", "weight_decay", "epsilon"),
+    )

@@ -11,49 +11,18 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .groups import ALONE, Group, from_handle, product, union
+from ..requests import ALONE, Group, Layout
+from .groups import from_handle, product, union
 
-__all__ = ["Layout", "Placed", "is_dtensor", "local", "place", "roles"]
+__all__ = ["Placed", "is_dtensor", "local", "place", "roles"]
 
 Role = str
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The groups that a matrix is laid out on. ``left`` is where P is summed (cols × replicas), ``right`` where R is
-    (rows × replicas), ``shards`` rows × cols, ``domain`` all three, ``whole`` these and the ranks with other matrices
-    of a stack; ``compressed``: P and R are averaged, not G.
-    """
-
-    rows: Group = ALONE
-    cols: Group = ALONE
-    replicas: Group = ALONE
-    left: Group = ALONE
-    right: Group = ALONE
-    shards: Group = ALONE
-    domain: Group = ALONE
-    whole: Group = ALONE
-    compressed: bool = False
-
-    @cached_property
-    def trivial(self) -> bool:
-        """Whether a rank can step alone, once gradients are averaged."""
-        return self.shards.size == 1 and not self.compressed
-
-    def synchronised(self) -> Layout:
-        """The layout once gradients have been averaged: nothing is left to tell the replicas."""
-        return replace(self, replicas=ALONE, left=self.cols, right=self.rows, domain=self.shards, compressed=False)
-
-    def transposed(self) -> Layout:
-        """The layout of the transposed matrix."""
-        return replace(self, rows=self.cols, cols=self.rows, left=self.right, right=self.left)
 
 
 @dataclass(frozen=True)
@@ -64,10 +33,21 @@ class Placed:
     placements: tuple[Any, ...]
     ranges: tuple[tuple[int, int], ...]
     layout: Layout
+    shape: tuple[int, ...] = ()
 
     def stack_is_shared(self, ndim: int, flatten: bool | None) -> bool:
         """Whether ranks hold different matrices of a stack."""
         return ndim == 3 and not flatten and any(s.is_shard(0) for s in self.placements)
+
+    def ranges_over_shards(self) -> list[tuple[tuple[int, int], ...]]:
+        """What each rank of ``layout.shards`` has of every axis, in the order of the group."""
+        if self.mesh is None:
+            return [self.ranges]
+        sizes, found = self.shape, []
+        for rank in self.layout.shards.ranks if self.layout.shards.size > 1 else (dist.get_rank(),):
+            coordinate = (self.mesh.mesh == rank).nonzero()[0].tolist()
+            found.append(_ranges(sizes, self.mesh, self.placements, coordinate))
+        return found
 
     def wrap(self, t: Tensor, shape: torch.Size, axes: dict[int, int]) -> Tensor:
         """A local state as the DTensor it is a part of; ``axes`` maps the parameter's axes to the state's."""
@@ -122,15 +102,35 @@ def _chunk(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
     return min(stop, start + index * size), min(stop, start + (index + 1) * size)
 
 
+def _order(placements: tuple[Any, ...]) -> tuple[list[int], list[int]]:
+    """Mesh dimensions that shard, and those of them whose shard is strided (FSDP over tensor parallel on one axis): those
+    divide what the plain ones have left.
+    """
+    order = [d for d, s in enumerate(placements) if not s.is_replicate()]
+    return order, [d for d in order if type(placements[d]).__name__ == "_StridedShard"]
+
+
+def _ranges(
+    shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], coordinate: list[int]
+) -> tuple[tuple[int, int], ...]:
+    """What the rank at a coordinate of the mesh has of every axis."""
+    ranges = [(0, s) for s in shape]
+    order, strided = _order(placements)
+    for d in [d for d in order if d not in strided] + strided:
+        axis = placements[d].dim
+        ranges[axis] = _chunk(ranges[axis], mesh.size(d), coordinate[d])
+    return tuple(ranges)
+
+
 def place(p: Tensor, name: str, roles_of: list[Role] | None, replicas: Group) -> Placed:
     """Reads a parameter's placements. ``roles_of`` None: the elements go each their own way (AdamW).
 
     Raises:
         NotImplementedError: a placement that cannot be handled, with the way around it.
     """
-    ranges = [(0, s) for s in p.shape]
     if not is_dtensor(p):
-        return Placed(None, (), tuple(ranges), _layout(ALONE, ALONE, ALONE, replicas))
+        whole = tuple((0, s) for s in p.shape)
+        return Placed(None, (), whole, _layout(ALONE, ALONE, ALONE, replicas), tuple(p.shape))
     mesh, placements = p.device_mesh, tuple(p.placements)  # type: ignore[attr-defined]
     if mesh.get_coordinate() is None:
         raise NotImplementedError(
@@ -142,18 +142,15 @@ def place(p: Tensor, name: str, roles_of: list[Role] | None, replicas: Group) ->
                 f"{name} is placed {placement}: an unfinished sum; call .redistribute() on it before it becomes a "
                 "parameter"
             )
-    order = [d for d, s in enumerate(placements) if not s.is_replicate()]
-    strided = [d for d in order if type(placements[d]).__name__ == "_StridedShard"]
+    order, strided = _order(placements)
     if len({placements[d].dim for d in strided}) < len(strided):
         raise NotImplementedError(
             f"{name} has two strided shards of one axis: {placements}; shard it over one mesh less"
         )
     groups: dict[Role, list[int]] = {}
-    # A strided shard (FSDP over tensor parallel on the same axis) divides what the plain ones have left.
     for d in [d for d in order if d not in strided] + strided:
-        axis = placements[d].dim
-        ranges[axis] = _chunk(ranges[axis], mesh.size(d), mesh.get_local_rank(d))
-        groups.setdefault(roles_of[axis] if roles_of else "shards", []).append(d)
+        groups.setdefault(roles_of[placements[d].dim] if roles_of else "shards", []).append(d)
+    ranges = _ranges(tuple(p.shape), mesh, placements, list(mesh.get_coordinate()))
     if tuple(b - a for a, b in ranges) != tuple(local(p).shape):
         raise NotImplementedError(
             f"{name}: rank {dist.get_rank()} holds {tuple(local(p).shape)} where {placements} give "
@@ -173,7 +170,7 @@ def place(p: Tensor, name: str, roles_of: list[Role] | None, replicas: Group) ->
     layout = _layout(rows, cols, shards, replicas)
     if groups.get("batch"):
         layout = replace(layout, whole=product(replicas, _group(mesh, order)))
-    return Placed(mesh, placements, tuple(ranges), layout)
+    return Placed(mesh, placements, ranges, layout, tuple(p.shape))
 
 
 def _layout(rows: Group, cols: Group, shards: Group, replicas: Group) -> Layout:

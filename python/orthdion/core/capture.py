@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -43,10 +43,13 @@ class Rates:
 
 
 class Skips:
-    """How often parameters were left alone because something was not finite, counted where that is known."""
+    """How often parameters were left alone because something was not finite, counted where that is known.
 
-    def __init__(self, parameters: Callable[[], Iterable[Tensor]], name_of: Callable[[Tensor], str]) -> None:
-        self._parameters, self._name_of = parameters, name_of
+    ``owner`` has ``param_groups`` and names parameters (``_name``); it is not kept alive from here.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = weakref.ref(owner)
         self.counts: Counter[str] = Counter()
         self._slots: dict[Tensor, Tensor] = {}
         #: Of each device: whose slots they are, this step's flags, all steps' sums, and the last total that arrived.
@@ -57,9 +60,9 @@ class Skips:
         """An int32 on the parameter's device that a skipped step sets to 1."""
         if p not in self._slots or self._slots[p].device != p.device:
             self.read()
-            mine = [q for q in self._parameters() if q.device == p.device]
+            mine = [q for g in self._owner().param_groups for q in g["params"] if q.device == p.device]  # type: ignore[union-attr]
             flags = torch.zeros(len(mine), dtype=torch.int32, device=p.device)
-            arrived = torch.zeros(1, dtype=torch.int64)
+            arrived = torch.zeros(1, dtype=torch.int64, device="cpu")
             if p.device.type == "cuda":
                 arrived = arrived.pin_memory()
             self._books[p.device] = (mine, flags, torch.zeros_like(flags, dtype=torch.int64), arrived)
@@ -90,6 +93,6 @@ class Skips:
             flags.zero_()
             for p, n in zip(mine, sums.tolist(), strict=True):
                 if n:
-                    self.counts[self._name_of(p)] += n
+                    self.counts[self._owner()._name(p)] += n  # type: ignore[union-attr]
             sums.zero_()
-        return self.counts
+        return Counter(self.counts)

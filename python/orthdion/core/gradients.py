@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sharding import Body, Layout, Reduce, local
+from ..distributed import local
+from ..requests import Body, Group, Layout, Reduce
 
-__all__ = ["FLOATS", "Arrival", "arrive", "check", "gradient", "power_sum", "same_everywhere"]
+__all__ = ["FLOATS", "Arrival", "arrive", "check", "gradient", "mean_over", "power_sum", "same_everywhere"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -48,24 +49,41 @@ def gradient(p: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A gradient that may be used; None if no rank had one, or (``skipped``) some rank's held NaN or infinity."""
+    """A gradient that may be used; None if no rank had one, or (``skipped``) some rank's held NaN or infinity.
+
+    Where the host does not wait to know, ``lost`` and ``skip`` say so on the device.
+    """
 
     g: Tensor | None
     skipped: bool = False
+    lost: Tensor | None = None
+    skip: Tensor | None = None
 
 
-def arrive(g: Tensor, here: bool, at: Layout) -> Body[Arrival]:
+def arrive(g: Tensor, here: bool, at: Layout, deferred: bool = False) -> Body[Arrival]:
     """Waits for every rank's word on a gradient, and averages it over the replicas. ``here``: this rank has one."""
-    bad = not bool(torch.isfinite(g).all())
-    word = torch.tensor(math.inf if bad else 1.0 if here else -1.0, dtype=torch.float64, device=g.device)
-    answer = float((yield Reduce(word, at.domain, "flags", op="max")))
-    if answer < 0.0:
+    finite = torch.isfinite(g).all()
+    word = torch.where(finite, 1.0 if here else -1.0, math.inf).to(torch.float64)
+    answer = yield Reduce(word, at.domain, "flags", op="max")
+    lost = skip = None
+    if deferred:
+        lost = answer.isinf()
+        skip = lost | (answer < 0.0)
+    elif float(answer) < 0.0:
         return Arrival(None)
-    if math.isinf(answer):
+    elif math.isinf(float(answer)):
         return Arrival(None, skipped=True)
     # The mean of bfloat16 gradients is taken in single precision; `reduce_dtype` may say otherwise.
-    wide = g if g.dtype == torch.float64 else g.float()
-    return Arrival((yield Reduce(wide, at.replicas, "gradient", at.replicas.size, rounded=True)))
+    wide = g if g.dtype == torch.float64 or at.replicas.size == 1 else g.float()
+    mean = yield Reduce(wide, at.replicas, "gradient", at.replicas.size, rounded=True)
+    return Arrival(mean, lost=lost, skip=skip)
+
+
+def mean_over(group: Group, t: Tensor, what: str) -> Body[Tensor]:
+    """The mean of ``t`` over a group, taken in single precision at least."""
+    wide = t if t.dtype == torch.float64 else t.float()
+    mean: Tensor = yield Reduce(wide, group, what, group.size)
+    return mean
 
 
 def same_everywhere(gradients: list[tuple[Tensor | None, Layout]]) -> Body[bool]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .groups import ALONE, Group, from_handle
+from ..requests import ALONE, Group
+from .groups import from_handle
 from .layout import Placed
 
 __all__ = ["Meshes"]

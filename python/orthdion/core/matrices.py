@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linalg import qr
 
-__all__ = ["as_matrix", "flat", "is_view", "matrix_shape", "rank", "start", "write_back"]
+__all__ = ["as_matrix", "bounds", "flat", "is_view", "matrix_shape", "start", "write_back"]
 
 
 def matrix_shape(shape: torch.Size, flatten: bool | None, row_blocks: int) -> tuple[int, int, int]:
@@ -60,6 +60,12 @@ def write_back(t: Tensor, matrix: Tensor, like: Tensor) -> None:
     target.copy_(matrix.view(target.shape))
 
 
+def bounds(blocks: int, rows: int, first: int, here: int) -> list[tuple[int, int]]:
+    """Which of the ``here`` rows that begin at row ``first`` belong to each block of ``rows``."""
+    cut = [(k * rows - first, (k + 1) * rows - first) for k in range(blocks)]
+    return [(min(max(a, 0), here), min(max(b, 0), here)) for a, b in cut]
+
+
 def flat(tensors: list[Tensor]) -> list[Tensor] | None:
     """The tensors as single rows, all in one order of memory; None unless they are dense and lie alike."""
     first = tensors[0]
@@ -69,23 +75,15 @@ def flat(tensors: list[Tensor]) -> list[Tensor] | None:
     return [t.view(1, -1) for t in rows] if all(t.is_contiguous() for t in rows) else None
 
 
-def rank(m: int, n: int, rank_fraction: float, rank_multiple_of: int) -> int:
-    """``r = ceil(rank_fraction·min(m, n) / multiple)·multiple``, capped at min(m, n)."""
-    d = min(m, n)
-    # A fraction such as 0.1 of 30 must give 3, not the 4 that its rounding error would make of it.
-    r = math.ceil(round(rank_fraction * d / rank_multiple_of, 9)) * rank_multiple_of
-    return min(r, d)
-
-
 def start(shape: tuple[int, int, int], seed: int, index: int) -> Tensor:
     """The first Q of parameter ``index``: (count, n, r) orthonormal float64 on the CPU.
 
     Drawn from a generator of its own, so that every rank of a group draws the same and the user's random stream is
     untouched.
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+    generator = torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + index) % 2**63)
     count, n, r = shape
     if 0 in shape:
-        return torch.zeros(shape, dtype=torch.float64)
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
     # Our own QR, because its bits do not depend on the number of threads.
-    return qr(torch.randn(count, n, r, generator=generator))[0].double()
+    return qr(torch.randn(count, n, r, generator=generator, dtype=torch.float32, device="cpu"))[0].double()

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["ALONE", "Group", "everyone", "from_handle", "meet", "product", "union"]
+from ..requests import ALONE, Group
 
+__all__ = ["everyone", "from_handle", "meet", "product", "union"]
 
-@dataclass(frozen=True)
-class Group:
-    """Ranks that reduce together, ascending; ``handle`` is torch's process group, None for a single rank."""
-
-    ranks: tuple[int, ...] = (0,)
-    index: int = 0
-    handle: Any = None
-
-    @cached_property
-    def size(self) -> int:
-        """How many ranks."""
-        return len(self.ranks)
-
-
-#: A rank with nobody to talk to.
-ALONE = Group()
 
 #: Groups by their ranks, and the world that they belong to: a new init_process_group starts afresh.
 _known: dict[tuple[int, ...], Group] = {}

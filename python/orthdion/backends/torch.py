@@ -1,0 +1,231 @@
+"""Every request in plain torch, as the papers write it. The oracle of every test; serves any device.
+
+B is formed once and kept as long as its step lasts. Factorisations run in double precision (single where a device has
+no double).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..numerics import newton_schulz as ns
+from ..numerics import orthonormal
+from ..numerics.orthonormal import double
+from ..numerics.rounding import rounded
+from ..requests import (
+    ALONE,
+    Blend,
+    Columns,
+    Energies,
+    Factor,
+    Form,
+    Gram,
+    LowRankUpdate,
+    Map,
+    Matrix,
+    MatMul,
+    NewtonSchulz,
+    Polar,
+    Precision,
+    Product,
+    Report,
+    Request,
+    ResidualSums,
+    Settle,
+    Sketch,
+    Triangle,
+    Update,
+    WarmStart,
+)
+from .base import Fused
+
+__all__ = ["TorchBackend"]
+
+
+class TorchBackend:
+    """One method a request; ``many`` answers a list where launches are saved by it."""
+
+    name = "torch"
+    deferred = False
+    fused: Mapping[type[Form], Fused] = {}
+    _METHODS: ClassVar[dict[type[Request], str]] = {
+        Columns: "columns",
+        Energies: "energies",
+        Factor: "factor",
+        Gram: "gram",
+        LowRankUpdate: "low_rank_update",
+        Map: "map",
+        MatMul: "matmul",
+        NewtonSchulz: "newton_schulz",
+        Polar: "polar",
+        Product: "product",
+        ResidualSums: "residual_sums",
+        Settle: "settle",
+        Sketch: "sketch",
+        Triangle: "triangle",
+        Update: "update",
+        WarmStart: "warm_start",
+    }
+
+    def key(self, request: Request) -> Hashable:
+        """Shapes, formats and options agree."""
+        return request.key()
+
+    def answer(self, requests: list[Any]) -> list[Any]:
+        """The answers, from the method ``<request>s`` of a list if there is one, else one by one."""
+        name = self._METHODS[type(requests[0])]
+        many = getattr(self, f"{name}_of_many", None)
+        if many is not None:
+            return list(many(requests))
+        one: Callable[[Any], Any] = getattr(self, name)
+        return [one(q) for q in requests]
+
+    # ------------------------------------------------------------ plain tensors
+
+    def map_of_many(self, qs: list[Map]) -> list[Any]:
+        """Small tensors of many matrices are stacked where a launch costs more than a copy."""
+        first = qs[0]
+        if len(qs) == 1 or first.tensors[0].device.type == "cpu":
+            return [q.function(*q.tensors, *q.numbers) for q in qs]
+        stacked = [torch.stack(column) for column in zip(*(q.tensors for q in qs), strict=True)]
+        result = first.function(*stacked, *first.numbers)
+        if isinstance(result, tuple):
+            return list(zip(*(t.unbind(0) for t in result), strict=True))
+        return list(result.unbind(0))
+
+    def matmul(self, q: MatMul) -> Tensor:
+        """``A B``"""
+        return self._matmul(q.a, q.b, q.precision)
+
+    def _matmul(self, a: Tensor, b: Tensor, precision: Precision) -> Tensor:
+        return rounded(a, precision.rounding) @ rounded(b, precision.rounding)
+
+    def gram(self, q: Gram) -> Tensor:
+        """``AᵀA``"""
+        wide = double(q.a)
+        return wide.T @ wide
+
+    def triangle(self, q: Triangle) -> tuple[Tensor, Tensor, float]:
+        """Cholesky's triangle, its inverse and condition."""
+        t, failed = torch.linalg.cholesky_ex(q.gram, upper=True)
+        inverse = torch.linalg.solve_triangular(t, torch.eye(len(t), dtype=t.dtype, device=t.device), upper=True)
+        condition = float(t.norm() * inverse.norm())
+        return t, inverse, math.inf if bool(failed) or not math.isfinite(condition) else condition
+
+    def newton_schulz_of_many(self, qs: list[NewtonSchulz]) -> list[Tensor]:
+        """One batched iteration; on a CPU one by one, so that the bits do not depend on the batch."""
+        q = qs[0]
+        options = (q.coefficients, q.divisor, q.epsilon, q.precision.rounding)
+        if q.tensor.device.type == "cpu":
+            return [ns.newton_schulz(p.tensor, *options) for p in qs]
+        return list(ns.newton_schulz(torch.stack([p.tensor for p in qs]), *options).unbind(0))
+
+    def polar(self, q: Polar) -> Tensor:
+        """By way of the smaller side's factor."""
+        u = q.tensor.T if q.tensor.shape[0] < q.tensor.shape[1] else q.tensor
+        v: Tensor = self.answer([Factor(u, "polar", q.tol, ALONE, "polar")])[0][0]
+        return v.T if u is not q.tensor else v
+
+    def factor(self, q: Factor) -> tuple[Tensor, Tensor, Tensor]:
+        """By Householder QR, or SVD."""
+        work = orthonormal.orthonormalize if q.kind == "qr" else orthonormal.polar
+        return (*work(q.tensor, q.tol), q.tensor)
+
+    def columns(self, q: Columns) -> tuple[Tensor, Tensor]:
+        """Unit columns."""
+        return orthonormal.columns(q.r, q.energies, q.tol, q.epsilon)
+
+    def warm_start(self, q: WarmStart) -> Tensor:
+        """The next Q."""
+        return orthonormal.warm_start(q.kind, q.v, q.null, q.old)
+
+    # ------------------------------------------------------------ blends
+
+    def _formed(self, b: Blend) -> Tensor:
+        if b.formed is None:
+            dtype = b.w.precision.dtype
+            b.formed = (b.cm * b.m.to(dtype) + b.cg * b.w.g.to(dtype)) * b.size
+        return b.formed  # type: ignore[no-any-return]
+
+    def sketch(self, q: Sketch) -> tuple[Tensor, Tensor]:
+        """``B Q`` and max |B|"""
+        b = self._formed(q.b)
+        largest = double(b.abs().amax()) if b.numel() else double(b.new_zeros(()))
+        return self._matmul(b, q.q, q.b.w.precision), torch.where(largest.isfinite(), largest, math.inf)
+
+    def settle(self, q: Settle) -> tuple[Blend, Tensor, Report | None]:
+        """Decided on the host."""
+        top, safe = float(q.largest), q.b.w.precision.safe
+        if top < 0.0:
+            return q.b, q.sketch, Report(idle=True)
+        if not math.isfinite(top):
+            return q.b, q.sketch, Report(skipped=True)
+        if top == 0.0 or 1.0 / safe < top < safe:
+            return q.b, q.sketch, None
+        b = q.b.scaled(math.ldexp(1.0, -math.floor(math.log2(top))))
+        return b, self.answer([Sketch(b, q.q)])[0][0], None
+
+    def product(self, q: Product) -> Tensor:
+        """``Bᵀ P``"""
+        return self._matmul(self._formed(q.b).T, q.p, q.b.w.precision)
+
+    def energies(self, q: Energies) -> tuple[Tensor, Tensor]:
+        """Along rows and down columns."""
+        squares = double(self._formed(q.b)).square()
+        return squares.sum(1), squares.sum(0)
+
+    def residual_sums(self, q: ResidualSums) -> tuple[Tensor, Tensor]:
+        """Of T, and of T with scaled columns."""
+        t = double(self._formed(q.b) - self._matmul(q.p, q.r.T, q.b.w.precision))
+        return t.square().sum(1), (t * q.columns).square().sum(1)
+
+    # ------------------------------------------------------------ writes
+
+    def low_rank_update(self, q: LowRankUpdate) -> Any:
+        """X, M and Q."""
+        w, residual, (a, b) = q.b.w, q.residual, q.feedback
+        dtype, precision = w.precision.dtype, w.precision
+        if residual is not None and residual.alpha is not None:
+            d = self._matmul(q.p, (q.v - residual.alpha * q.r).T, precision) + residual.alpha * self._formed(q.b)
+        else:
+            d = self._matmul(q.p, q.v.T, precision)
+            if residual is not None and residual.columns is not None and residual.rows is not None:
+                t = double(self._formed(q.b) - self._matmul(q.p, q.r.T, precision)) * residual.columns
+                d = d + (t * residual.rows[:, None]).to(d.dtype)
+        plus = a * (q.b.m.to(dtype) + math.copysign(1.0, q.b.cg) * w.g.to(dtype))
+        if a != b:
+            plus = plus - (a - b) / q.b.size * self._matmul(q.p, q.fed.T, precision)
+        self._descend(w, d, q.lr, q.weight_decay, q.scale)
+        self._store(w, q.b.m, plus)
+        self.keep(q)
+        return w.outcome(q.null, q.figures)
+
+    def keep(self, q: LowRankUpdate) -> None:
+        """Stores the next step's Q."""
+        self._store(q.b.w, q.b.w.state["Q"], q.q)
+
+    def update(self, q: Update) -> Any:
+        """X and states."""
+        self._descend(q.w, q.direction, q.lr, q.weight_decay, q.scale)
+        for name, value in q.states.items():
+            self._store(q.w, q.w.state[name], value)
+        return q.w.outcome()
+
+    def _descend(self, w: Matrix, d: Tensor, lr: Any, weight_decay: Any, scale: float) -> None:
+        """``X ← (1 − ηλ)X − η·scale·D``"""
+        x, dtype = w.x, w.precision.dtype
+        if w.rates is not None:
+            lr, weight_decay = w.rates.to(dtype).unbind(0)
+        elif w.skip is None and x.dtype == dtype == d.dtype:
+            x.mul_(1.0 - lr * weight_decay).add_(d, alpha=-lr * scale)
+            return
+        self._store(w, x, (1.0 - lr * weight_decay) * x.to(dtype) - lr * scale * d.to(dtype))
+
+    def _store(self, w: Matrix, target: Tensor, value: Tensor) -> None:
+        """Writes ``value``, unless the matrix's flag says not to."""
+        target.copy_(value if w.skip is None else torch.where(w.skip, target.to(value.dtype), value))

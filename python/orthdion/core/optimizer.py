@@ -1,0 +1,367 @@
+"""The torch optimizer in which every rule runs: groups, states, hooks, the step. It knows no rule by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .._text import table
+from ..backends import choose, get
+from ..distributed import Communicator, Meshes, Replicas, Traffic, local
+from ..requests import Body, Deferred, Layout, Matrix, Outcome, Precision, Report
+from . import gradients
+from .entries import Copies, Entry
+from .groups import Groups
+from .options import check_number
+from .rule import Rule
+from .runtime import Runtime
+from .signature import Common, bound, signed
+
+__all__ = ["Communication", "Given", "MatrixOptimizer"]
+
+_STEPPED = Report()
+
+
+class Given(NamedTuple):
+    """A parameter that takes part in a step: this rank's gradient, if it has one, and where its matrices lie."""
+
+    entry: Entry
+    g: Tensor | None
+    at: Layout
+    skip: Tensor | None = None
+    lost: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Communication:
+    """What an optimizer's steps have sent from this rank; ``print`` shows it as a table."""
+
+    last_step: Traffic
+    total: Traffic
+    steps: int
+
+    def __str__(self) -> str:
+        rows = [["all", str(self.last_step.bytes), str(self.total.bytes)]]
+        for key in self.total.by_content:
+            rows.append([key, str(self.last_step.by_content[key]), str(self.total.by_content[key])])
+        return table(["content", "bytes in the last step", f"in {self.steps} steps"], rows)
+
+
+class MatrixOptimizer(Groups):
+    """Steps matrices by a rule, and what is no matrix by the rule that its group names.
+
+    Subclasses name their rule: ``class Muon(MatrixOptimizer, rule=MuonRule)``; that gives them constructor keywords and
+    docs. A rule of one's own needs no class: ``MatrixOptimizer(params, MyRule, lr=0.1)``.
+    """
+
+    #: The rule of groups that name none.
+    rule: ClassVar[type[Rule] | None] = None
+    #: Keywords that may also be given by position after the parameters, in this order.
+    positional: ClassVar[tuple[str, ...]] = ("lr",)
+
+    def __init_subclass__(cls, rule: type[Rule] | None = None, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if rule is not None:
+            cls.rule = rule
+        signed(cls)
+
+    def __init__(self, params: ParamsT, *args: Any, **options: Any) -> None:
+        rule = self.rule
+        if rule is None:
+            if not (args and isinstance(args[0], type) and issubclass(args[0], Rule)):
+                raise TypeError("MatrixOptimizer needs a rule: MatrixOptimizer(params, MyRule, …)")
+            rule, args = args[0], args[1:]
+        options = bound(type(self), rule, args, options)
+        common = Common.taken(options)
+        self._meshes = Meshes.of(
+            common.replicate_mesh, common.outer_shard_mesh, common.inner_shard_mesh, common.replicate_mesh_grad_sync
+        )
+        self._begin(rule, common, options)
+        super().__init__(params, self._defaults())
+        if isinstance(common.replicate_mesh, Replicas):
+            common.replicate_mesh.check_covers([p for g in self.param_groups for p in g["params"]])
+
+    @property
+    def skipped_steps(self) -> Counter[str]:
+        """Parameters whose gradient or state held NaN or infinity, and how often they were left alone for it. On a GPU
+        that is counted on the device, so reading it waits for the device.
+        """
+        return self._skips.read()
+
+    # ------------------------------------------------------------------ the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimization step, in place. Parameters without a gradient are left alone.
+
+        A matrix whose gradient holds NaN or infinity is left alone, counted in ``skipped_steps``, and warned of once.
+
+        Raises:
+            ValueError, TypeError: for a gradient of another shape, device or layout, or an option that was edited to
+                what it may not be; then nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rules = self._rules()
+        given = self._gradients()
+        self._done.clear()
+        self._advance(given, rules)
+        for group in self.param_groups:
+            group["step"] += 1
+        self._comm.close_step()
+        self._count_skipped()
+        return loss
+
+    def _advance(self, given: Sequence[Given], rules: dict[int, Rule]) -> None:
+        """Steps the parameters whose gradients are given; ``rules`` by the identity of their group."""
+        copies = Copies()
+        work: dict[tuple[str, Any], _Work] = {}
+        offset = 0
+        for entry, g, at, skip, lost in self._arrived(given, rules):
+            p, group = entry.p, entry.group
+            rule = rules[id(group)]
+            name = choose(self._backend, p.device, p.dtype)[0]
+            backend = get(name)
+            arrived = g is not None
+            if g is None:
+                g = torch.zeros_like(local(p))
+            made = entry.matrices(g, self.state[p], rule, at, copies, backend.deferred)
+            # A group's numbers are told to a backend once.
+            part = work.get((name, p.device))
+            if part is None:
+                part = work[name, p.device] = _Work(name, self._kept.setdefault((name, p.device), {}))
+            form = part.form(rule, self._diagnose, self._rounding) if at.trivial and skip is None else None
+            served = form is not None and type(form) in backend.fused
+            rates = self._rates_of(group, p.device) if backend.deferred else None
+            if served and rates is None:
+                part.fused.extend(made)
+                part.forms.extend([form] * len(made) if len(made) > 1 else (form,))
+                part.owners.extend([p] * len(made) if len(made) > 1 else (p,))
+            else:
+                precision = Precision.of(p.dtype, self._rounding)
+                for w in made:
+                    w.precision, w.arrived, w.offset, w.rates = precision, arrived, offset, rates
+                    w.diagnose = self._diagnose
+                    w.skip, w.lost = skip, lost
+                part.add(served, made, form, rule, p)
+            offset += entry.bytes
+        for (name, _), part in work.items():
+            part.run(self, name)
+        copies.write_back()
+
+    def _gradients(self) -> list[Given]:
+        """Every parameter's local gradient, all checked; those that no rank can miss one of are left out."""
+        found = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                entry, g = self._entry(p, group), p.grad
+                at = entry.layout
+                if g is None and at.whole.size == 1:
+                    continue
+                if g is not None:
+                    gradients.check(p, self._name)
+                    g = gradients.gradient(p)
+                found.append(Given(entry, g, at))
+        return found
+
+    def _arrived(self, given: Sequence[Given], rules: dict[int, Rule]) -> list[Given]:
+        """The gradients to step with: averaged over replicas where factors are not, and agreed upon by all ranks."""
+        if not self._comm.steps:
+            self._warn_if_synchronised(given)
+        ready: list[Given] = []
+        bodies: list[Body[gradients.Arrival]] = []
+        waiting: list[Given] = []
+        for one in given:
+            entry, g, at, *_ = one
+            rule = rules[id(entry.group)]
+            if g is None and at.domain.size == 1:
+                continue  # a stack's matrices of this rank, or a replica that steps alone
+            alone = at.domain.size == 1
+            own = rule.checks_gradient and (at.compressed or at.replicas.size == 1)
+            if own or (alone and self._checked_when_fused(entry, rule)):
+                ready.append(one)
+                continue
+            there = g if g is not None else torch.zeros_like(local(entry.p))
+            deferred = alone and entry.p.device.type == "cuda"
+            bodies.append(gradients.arrive(there, g is not None, at, deferred))
+            waiting.append(one)
+        self._drifted |= any(one.at.compressed for one in ready)
+        if not bodies:
+            return ready
+        offsets = list(accumulate([one.entry.bytes for one in waiting], initial=0))[:-1]
+        for one, arrival in zip(waiting, Runtime(self._comm).run(bodies, offsets), strict=True):
+            if arrival.skipped:
+                self._done.append(([one.entry.p], [Report(skipped=True)]))
+            elif arrival.g is not None:
+                ready.append(Given(one.entry, arrival.g, one.at.synchronised(), arrival.skip, arrival.lost))
+        return ready
+
+    def _checked_when_fused(self, entry: Entry, rule: Rule) -> bool:
+        """Whether a backend's own step looks for NaN and infinity."""
+        form = rule.fused()
+        return form is not None and type(form) in get(choose(self._backend, entry.p.device, entry.p.dtype)[0]).fused
+
+    def _warn_if_synchronised(self, given: Sequence[Given]) -> None:
+        compressed = [(one.g, one.at) for one in given if one.at.compressed]
+        if any(Runtime(self._comm).run([gradients.same_everywhere(compressed)], [0])):
+            warnings.warn(
+                "gradients arrive already synchronised: every replica has the same ones, so sending factors saves "
+                "nothing; build replicate_mesh with orthdion.decouple(ddp), or drop replicate_mesh",
+                stacklevel=7,
+            )
+
+    def _count_skipped(self) -> None:
+        """Counts skipped steps, and warns of the first; one on a GPU comes to light a step or two later."""
+        found = []
+        for owners, outcomes in self._done:
+            if list(outcomes).count(_STEPPED) < len(outcomes):
+                skipped = [p for p, r in zip(owners, outcomes, strict=True) if isinstance(r, Report) and r.skipped]
+                found.extend(dict.fromkeys(skipped))
+        for p in found:
+            self._skips.counts[self._name(p)] += 1
+        if (self._skips.close_step() or found) and self._skips.news():
+            name = self._name(found[0]) if found else "a parameter"
+            warnings.warn(
+                f"the gradient or a state of {name} holds NaN or infinity: it was not stepped. "
+                "Further ones are counted in optimizer.skipped_steps",
+                stacklevel=5,
+            )
+
+    # ------------------------------------------------------------------ for people
+
+    def refresh_rates(self) -> None:
+        """Brings every group's ``lr`` and ``weight_decay`` to where captured steps read them: call it after the
+        scheduler and before a CUDA graph with ``step()`` in it is replayed. A ``lr`` that is a tensor on the device
+        needs no call.
+        """
+        for group in self.param_groups:
+            for device, dtype in {(p.device, p.dtype) for p in group["params"]}:
+                if get(choose(self._backend, device, dtype)[0]).deferred:
+                    self._rates_of(group, device)
+
+    def _rates_of(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        index = next(k for k, g in enumerate(self.param_groups) if g is group)
+        return self._rates.of(index, group, device)
+
+    def communication(self) -> Communication:
+        """Bytes that this rank put into collectives, in the last step and in all: by collective and by content."""
+        return Communication(self._comm.last, self._comm.total, self._comm.steps)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scales all gradients so that their norm together is at most ``max_norm``; returns what it was.
+
+        Over shards it is the norm of the whole gradient. Where replicas keep gradients of their own, the averaged
+        gradient is not known before the step: then ``norm_type``-mean over replicas of their norms is used, which is no
+        smaller, so every replica is scaled by the same factor. Every rank must call it. A norm that is not finite
+        leaves the gradients alone, and the step skips what is not finite.
+
+        Raises:
+            ValueError: for a negative ``max_norm`` or a ``norm_type`` below 1.
+        """
+        check_number("max_norm", max_norm, 0.0)
+        if not norm_type >= 1.0:
+            raise ValueError(f"norm_type must be at least 1, but it is {norm_type}")
+        bodies, found = [], []
+        for one in self._gradients():
+            p = one.entry.p
+            there = one.g if one.g is not None else torch.zeros_like(local(p))
+            bodies.append(gradients.power_sum(there, norm_type, one.at))
+            found.append(p.grad)
+        if not bodies:
+            return torch.tensor(0.0)
+        sums = torch.stack([s.cpu() for s in Runtime(self._comm).run(bodies, [0] * len(bodies))])
+        total = sums.amax() if norm_type == float("inf") else sums.sum() ** (1.0 / norm_type)
+        factor = float(max_norm / (total + 1e-6))
+        if factor < 1.0:
+            for g in found:
+                if g is not None:
+                    g.mul_(factor)
+        return total
+
+    def backends(self) -> dict[str, str]:
+        """Which backend serves which parameters, and why: ``{"rust: CPU tensors": "12 parameters", …}``."""
+        counts: Counter[str] = Counter()
+        for group in self.param_groups:
+            for p in group["params"]:
+                counts[": ".join(choose(self._backend, p.device, p.dtype))] += 1
+        return {k: f"{v} parameters" for k, v in counts.items()}
+
+    def __repr__(self) -> str:
+        lines = [super().__repr__()]
+        lines += [f"backend {name} ({count})" for name, count in self.backends().items()]
+        return "\n".join(lines)
+
+
+class _Work:
+    """What one backend steps on one device: whole steps that it has in one piece, and bodies."""
+
+    def __init__(self, backend: str, kept: dict[Any, Any]) -> None:
+        self.backend, self._kept = get(backend), kept
+        self.fused: list[Matrix] = []
+        self.forms: list[Any] = []
+        self.owners: list[Tensor] = []
+        self._bodies: list[tuple[Tensor, Matrix, Rule]] = []
+        self._form: dict[int, Any] = {}
+
+    def form(self, rule: Rule, diagnostics: bool, rounding: str | None) -> Any:
+        """The form of a group's rule, the same object for all its matrices."""
+        known = self._form.get(id(rule), self)
+        if known is self:
+            known = rule.fused(diagnostics=diagnostics, bfloat16=rounding == "bfloat16")
+            self._form[id(rule)] = known
+        return known
+
+    def add(self, served: bool, made: list[Matrix], form: Any, rule: Rule, p: Tensor) -> None:
+        """Matrices of one parameter."""
+        if served:
+            self.fused.extend(made)
+            self.forms.extend([form] * len(made))
+            self.owners.extend([p] * len(made))
+        else:
+            self._bodies.extend((p, w, rule) for w in made)
+
+    def run(self, optimizer: MatrixOptimizer, name: str) -> None:
+        """Steps everything."""
+        done, skips = optimizer._done, optimizer._skips
+        if self.fused:
+            kinds: dict[type, list[int]] = {}
+            for i, form in enumerate(self.forms):
+                kinds.setdefault(type(form), []).append(i)
+            for kind, index in kinds.items():
+                everything = len(index) == len(self.forms)
+                matrices = self.fused if everything else [self.fused[i] for i in index]
+                forms = self.forms if everything else [self.forms[i] for i in index]
+                owners = self.owners if everything else [self.owners[i] for i in index]
+                kept = self._kept.setdefault(kind, {})
+                done.append((owners, self.backend.fused[kind](matrices, forms, kept)))
+        if self._bodies:
+            bodies: list[Body[Outcome]] = [rule.step(w) for _, w, rule in self._bodies]
+            runtime = Runtime(optimizer._comm, self.backend)
+            outcomes = runtime.run(bodies, [w.offset for _, w, _ in self._bodies])
+            kept = [(p, o) for (p, _, _), o in zip(self._bodies, outcomes, strict=True) if not _idle(o)]
+            done.append(([p for p, _ in kept], [o for _, o in kept]))
+            torch.autograd.graph.increment_version([w.x for _, w, _ in self._bodies])
+        if not self.backend.deferred and not any(w.lost is not None for _, w, _ in self._bodies):
+            return
+        flags = [(p, o) for ps, os in done for p, o in zip(ps, os, strict=True) if isinstance(o, Deferred)]
+        if flags:
+            slots = [skips.slot(p) for p, _ in flags]
+            torch._foreach_maximum_(slots, [o.skipped.to(torch.int32).reshape(()) for _, o in flags])
+
+
+def _idle(outcome: Outcome) -> bool:
+    return isinstance(outcome, Report) and outcome.idle

@@ -1,0 +1,119 @@
+"""What an optimizer of the family is: a frozen dataclass of options, its states, and a step that asks for what it needs.
+
+A rule is written for one matrix. Its fields are the group keys, made by the functions of :mod:`.options`; ``states`` says
+what it keeps; ``step`` is a generator that yields :mod:`orthdion.requests` and ends with an update. It then runs on every
+backend, sharded in every layout, in checkpoints and on the command line::
+
+    @dataclass(frozen=True)
+    class SignedMomentum(Rule):
+        name: ClassVar[str] = "signed-momentum"
+        states: ClassVar[States] = {"momentum": StateSpec()}
+        lr: float = number(0.01, 0.0, doc="η, the learning rate.")
+        mu: float = number(0.9, 0.0, 1.0, doc="μ, the momentum.")
+
+        def step(self, w: Matrix) -> Body[Outcome]:
+            m = self.mu * w.read("momentum") + w.gradient
+            return (yield Update(w, m.sign(), self.lr, self.weight_decay, {"momentum": m}))
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from ..requests import Body, Form, Layout, Matrix, Outcome
+from .options import flag, number
+
+__all__ = ["Axis", "Rule", "StateSpec", "States"]
+
+Axis = Literal["rows", "cols", "rank"]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A state by its axes, from which shape, sharding, saving and re-laying follow.
+
+    ``("rows", "cols")`` lies as the weight does; ``("cols", "rank")``, ``("rows",)`` and the like are of each matrix;
+    ``()`` is one number a parameter. ``dtype`` None: ``q_dtype`` for what has a rank, ``momentum_dtype`` for the rest.
+    """
+
+    axes: tuple[Axis, ...] = ("rows", "cols")
+    start: Literal["zeros", "orthonormal"] = "zeros"
+    dtype: torch.dtype | None = None
+
+
+States = dict[str, StateSpec]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The base of every optimizer rule.
+
+    Class attributes:
+        name: what the registry, groups and checkpoints call it.
+        summary, use, paper: a line each: the equation, what it is for, where it is from.
+        flops, sent: of a step of an m×n matrix (rank r), and the elements that it sends where it is sharded over rows;
+            "" where that is not known.
+        states: what it keeps of each matrix.
+        tall: wide matrices are seen transposed, so that m ≥ n.
+        elementwise: it has no matrices: tensors of any shape are seen as rows.
+        checks_gradient: its step finds out by itself whether the gradient has arrived and is finite, on all ranks.
+        averages_factors: where replicas have gradients of their own, it averages factors in place of the gradient.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    use: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    flops: ClassVar[str] = ""
+    sent: ClassVar[str] = ""
+    states: ClassVar[States] = {}
+    tall: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
+    checks_gradient: ClassVar[bool] = False
+    averages_factors: ClassVar[bool] = False
+
+    lr: float = number(0.01, 0.0, doc="η, the learning rate. A tensor is read at each step.")
+    weight_decay: float = number(0.01, 0.0, doc="λ, decoupled; multiplied by η, not by the scale.")
+    maximize: bool = flag(False, doc="Ascend.")
+
+    def step(self, w: Matrix) -> Body[Outcome]:
+        """The step of one matrix: reads, asks, and ends with an update. The gradient is finite, and averaged."""
+        raise NotImplementedError(f"{type(self).__name__} has no step")
+
+    def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> Form | None:
+        """What a backend that has this step in one piece is told; None: there is no such piece."""
+        return None
+
+    def scale(self, fan_out: int, fan_in: int) -> float:
+        """What η is multiplied by for a weight (fan_out, fan_in)."""
+        return 1.0
+
+    def rank(self, m: int, n: int) -> int:
+        """The length of the axis "rank" for an m×n matrix.
+
+        ``r = ceil(rank_fraction·min(m, n) / rank_multiple_of)·rank_multiple_of``, at most min(m, n).
+        """
+        fraction, multiple = getattr(self, "rank_fraction", 1.0), getattr(self, "rank_multiple_of", 1)
+        # A fraction such as 0.1 of 30 must give 3, not the 4 that its rounding error would make of it.
+        return min(math.ceil(round(fraction * min(m, n) / multiple, 9)) * multiple, min(m, n))
+
+    def unsupported(self, at: Layout) -> str | None:
+        """Why matrices that lie so cannot be stepped, and the remedy; None if they can."""
+        return None
+
+    @classmethod
+    def resolve(cls, options: dict[str, object]) -> dict[str, object]:
+        """Options with None replaced by what it stands for, so that a checkpoint says what was meant."""
+        return options
+
+    def check(self) -> None:
+        """Refuses options that do not go together (:class:`ValueError`)."""
+
+    @property
+    def sign(self) -> float:
+        """−1 to ascend."""
+        return -1.0 if self.maximize else 1.0

@@ -1,0 +1,202 @@
+"""Saving and loading: torch's state dict, of whole tensors or DTensors, for any number of ranks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from ..distributed import Communicator, Meshes, local, meet
+from ..requests import Outcome
+from . import states
+from .capture import Rates, Skips
+from .entries import Entry
+from .gradients import mean_over
+from .options import names_of, options_of, refuse_unknown, unpack_betas
+from .registry import find
+from .rule import Rule
+from .runtime import Runtime, one_each
+
+__all__ = ["SavedOptimizer"]
+
+#: What pairs a saved group with one of ours: it says how parameters are seen as matrices.
+_SHAPE_KEYS = ("flatten", "row_blocks")
+
+
+class SavedOptimizer(Optimizer):
+    """The part of an optimizer that knows how states are kept."""
+
+    #: What a copy has of its original, beyond torch's own.
+    _kept_in_copies: tuple[str, ...] = ("_own", "_given", "_seed", "_formats", "_rounding", "_backend", "_diagnose")
+
+    _own: type[Rule]
+    _given: dict[str, Any]
+    _seed: int
+    _formats: states.Formats
+    _rounding: Literal["bfloat16", "tf32"] | None
+    _backend: str
+    _diagnose: bool
+    _meshes: Meshes
+
+    def _start_afresh(self, reduce_dtype: torch.dtype | None) -> None:
+        """Everything that is no part of what is saved or copied."""
+        self._comm = Communicator(reduce_dtype)
+        #: By the identity of parameters, which keep their entries from being taken for another's.
+        self._entries: dict[int, Entry] = {}
+        self._resolved: dict[int, Any] = {}
+        #: Backends' tables, by backend and device.
+        self._kept: dict[tuple[str, torch.device], dict[Any, Any]] = {}
+        #: What the last step did: parameters, and the outcome of each of their matrices.
+        self._done: list[tuple[Sequence[Tensor], Sequence[Outcome]]] = []
+        self._rates = Rates()
+        self._skips = Skips(self)
+        #: Whether replicas' momenta have gone separate ways since they were last averaged.
+        self._drifted = False
+
+    def _entry(self, p: Tensor, group: dict[str, Any]) -> Entry:
+        raise NotImplementedError
+
+    def _name(self, p: Tensor) -> str:
+        for k, group in enumerate(self.param_groups):
+            for i, candidate in enumerate(group["params"]):
+                if candidate is p:
+                    names = group.get("param_names")
+                    name = names[i] if names else f"group {k}, parameter {i}"
+                    return f"{name} {tuple(p.shape)}"
+        return f"a parameter {tuple(p.shape)}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as torch has it; every group names its rule (``algorithm``) and its resolved options.
+
+        Momenta that differ between replicas are averaged first, which changes no later weight but by rounding; so after
+        a step every rank must call this.
+        """
+        self.synchronize_for_checkpoint()
+        return super().state_dict()
+
+    def synchronize_for_checkpoint(self) -> None:
+        """Averages replicas' momenta in place; :meth:`state_dict` does it by itself. Every rank must call it.
+
+        Raises:
+            RuntimeError: if some rank does not (gloo; NCCL waits for its own time-out).
+        """
+        if not self._drifted:
+            return
+        meet(self._meshes.replicas, "state_dict() averages the replicas' momenta, so every rank must call it")
+        bodies, targets = [], []
+        for group in self.param_groups:
+            for p in group["params"]:
+                entry = self._entry(p, group)
+                replicas = entry.placed.layout.replicas
+                if entry.rule.averages_factors and replicas.size > 1:
+                    m = local(self.state[p]["momentum"])
+                    bodies.append(mean_over(replicas, m, "momentum"))
+                    targets.append(m)
+        for m, average in zip(targets, Runtime(self._comm).run(bodies, one_each(bodies)), strict=True):
+            m.copy_(average)
+        self._drifted = False
+
+    def load_state_dict(
+        self, state_dict: dict[str, Any], algorithms: Mapping[str, str] | None = None
+    ) -> None:
+        """Loads a state, this library's or microsoft/dion's, keeping each state tensor's dtype, bit-exact.
+
+        It may come from another number of ranks or another layout: whole tensors and DTensors are cut to this one's.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
+            algorithms: saved rule → the rule here that goes on with its states, {"dion": "orth-dion"} say. Options that
+                both have are loaded, the others stay as they are here.
+
+        Raises:
+            ValueError: if groups, rules or the shapes of states do not fit; then nothing has changed.
+        """
+        state_dict = state_dict.copy()
+        pre, post = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        for before in pre.values():
+            state_dict = before(self, state_dict) or state_dict
+        own, given = self.param_groups, state_dict["param_groups"]
+        if [len(g["params"]) for g in given] != [len(g["params"]) for g in own]:
+            raise ValueError("the loaded state has other parameter groups than this optimizer; build them alike first")
+        groups = [_merged(i, own[i], g, dict(algorithms or {})) for i, g in enumerate(given)]
+        loaded = {}
+        for group, saved in zip(own, groups, strict=True):
+            for p, i in zip(group["params"], saved["params"], strict=True):
+                state = state_dict["state"].get(i, {})
+                if state:  # an optimizer that makes states late has none for a parameter it never stepped
+                    entry = self._entry(p, group)
+                    if "step" in entry.rule.states:  # microsoft/dion counts steps a group
+                        state = {"step": torch.tensor(float(saved["step"])), **state}
+                    name = self._name(p)
+                    loaded[p] = states.fitted(name, p, group, entry.placed, entry.rule, self.state[p], state)
+        # torch would cast states to the weights' dtype: it gets the groups only, and hooks run around all of it.
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        kept = {p: self.state[p] for group in own for p in group["params"]}
+        indices = {i for g in given for i in g["params"]}
+        others = {k: v for k, v in state_dict["state"].items() if k not in indices}
+        try:
+            super().load_state_dict({**state_dict, "state": others, "param_groups": groups})
+        finally:
+            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = pre, post
+        for p, state in {**kept, **loaded}.items():
+            self.state[p] = state
+        self._resolved.clear()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if (known := self._entries.get(id(p))) is not None:
+                    known.group, known.seen = group, None
+        for after in post.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._meshes.replicas.size > 1:
+            raise TypeError(
+                "an optimizer with a replicate_mesh cannot be copied or pickled, as it belongs to a process group; "
+                "save its state_dict() and build a new one"
+            )
+        kept = {k: self.__dict__[k] for k in self._kept_in_copies}
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, **kept, "_comm": self._comm.fresh(), "_skipped": self._skips.read()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        skipped, comm = state.pop("_skipped", None), state.pop("_comm", None)
+        super().__setstate__(state)
+        if skipped is not None:  # a copy or an unpickled one; torch also loads state dicts through here
+            self._meshes = Meshes()
+            self._start_afresh(None)
+            self._comm = comm
+            self._skips.counts.update(skipped)
+
+
+def _merged(index: int, own: dict[str, Any], saved: dict[str, Any], algorithms: dict[str, str]) -> dict[str, Any]:
+    """A saved group, checked; keys that its library does not have keep this optimizer's values."""
+    saved = dict(saved)
+    name = saved.get("algorithm", own["algorithm"])
+    name = algorithms.get(name, name)
+    if name != own["algorithm"]:
+        raise ValueError(
+            f"the loaded group {index} has algorithm={saved['algorithm']!r}, this one {own['algorithm']!r}; build them "
+            f"alike first, or say that the states are to go on so: load_state_dict(…, algorithms="
+            f"{{{saved['algorithm']!r}: {own['algorithm']!r}}})"
+        )
+    saved["algorithm"] = name
+    for key in _SHAPE_KEYS:
+        if key in saved and saved[key] != own[key]:
+            raise ValueError(
+                f"the loaded group {index} has {key}={saved[key]!r}, this one {own[key]!r}; build them alike first"
+            )
+    unpack_betas(saved)
+    rule = find(name)
+    known = names_of(rule)
+    refuse_unknown(saved, (*known, *_SHAPE_KEYS, "algorithm", "betas"), own)
+    for option, what in options_of(rule).items():
+        if option in saved:
+            saved[option] = what.check(option, saved[option])
+    result = {**{k: v for k, v in own.items() if k != "params"}, **saved}
+    rule(**{k: float(v) if isinstance(v, Tensor) else v for k, v in result.items() if k in known}).check()
+    return result

@@ -1,0 +1,109 @@
+"""Optimizers by name, and what is known of each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .core.optimizer import MatrixOptimizer
+from .core.registry import rules
+from .core.rule import Rule
+from .grouping import param_groups
+from .optim import OPTIMIZERS
+
+__all__ = ["OptimizerInfo", "create", "list_optimizers"]
+
+_GROUPING = ("scalar", "scalar_lr", "overrides")
+
+
+@dataclass(frozen=True)
+class OptimizerInfo:
+    """A registered optimizer.
+
+    Attributes:
+        name: what :func:`create`, groups (``algorithm=``) and the command line call it.
+        summary: its step in a line.
+        state: elements that it keeps of an m×n matrix, m ≥ n, at rank r.
+        flops: of a step.
+        sent: elements a step sends where the matrix is sharded by rows, or replicas average factors.
+        use: what it is for.
+        paper: where it is from.
+    """
+
+    name: str
+    summary: str
+    state: str
+    flops: str
+    sent: str
+    use: str
+    paper: str
+
+
+def list_optimizers() -> list[OptimizerInfo]:
+    """Every registered optimizer, those that a program has registered among them."""
+    found = []
+    for name in [*OPTIMIZERS, *(n for n in rules() if n not in OPTIMIZERS)]:
+        rule = _rule_of(name)
+        note = (OPTIMIZERS[name].__doc__ or "").strip().splitlines()[0] if name not in rules() else rule.summary
+        found.append(OptimizerInfo(name, note, _state(rule), rule.flops, rule.sent, rule.use, rule.paper))
+    return found
+
+
+def _rule_of(name: str) -> type[Rule]:
+    if name in rules():
+        return rules()[name]
+    rule = OPTIMIZERS[name].rule
+    assert rule is not None
+    return rule
+
+
+def _state(rule: type[Rule]) -> str:
+    sides = {"rows": "m", "cols": "n", "rank": "r"}
+    terms = ["".join(sides[a] for a in spec.axes) for spec in rule.states.values() if spec.axes]
+    counted = dict.fromkeys(terms, 0)
+    for term in terms:
+        counted[term] += 1
+    return " + ".join(term if k == 1 else f"{k}{term}" for term, k in counted.items())
+
+
+def create(
+    optimizer: str | type[Rule] | type[MatrixOptimizer],
+    model: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
+    **options: Any,
+) -> MatrixOptimizer:
+    """Makes an optimizer.
+
+    Args:
+        optimizer: a registered name (:func:`list_optimizers`), a rule of one's own, or an optimizer class.
+        model: a module, whose parameters :func:`orthdion.param_groups` divides among the optimizer's rule and
+            AdamW; or parameters or groups, as for any optimizer.
+        options: the optimizer's keywords; for a module also ``scalar``, ``scalar_lr`` and ``overrides`` of
+            :func:`orthdion.param_groups`.
+
+    Raises:
+        ValueError: for an unknown name, suggesting the nearest; and as the optimizer's constructor.
+
+    Example:
+        >>> optimizer = orthdion.create("muon", model, lr=0.02, scalar_lr=0.003)
+    """
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS and optimizer not in rules():
+        known = [*OPTIMIZERS, *(n for n in rules() if n not in OPTIMIZERS)]
+        near = difflib.get_close_matches(optimizer, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"optimizer must be one of {', '.join(known)}, not {optimizer!r}{hint}")
+    params: Any = model
+    if isinstance(model, nn.Module):
+        grouping = {k: options.pop(k) for k in _GROUPING if k in options}
+        params = param_groups(model, lr=options.get("lr"), **grouping)
+    if isinstance(optimizer, str):
+        kind: Any = OPTIMIZERS.get(optimizer) or rules()[optimizer]
+    else:
+        kind = optimizer
+    if isinstance(kind, type) and issubclass(kind, Rule):
+        return MatrixOptimizer(params, kind, **options)
+    made: MatrixOptimizer = kind(params, **options)
+    return made

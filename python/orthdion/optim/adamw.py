@@ -1,0 +1,61 @@
+"""AdamW (arXiv 1711.05101), for what is no hidden matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..core.optimizer import MatrixOptimizer
+from ..core.options import number
+from ..core.registry import register
+from ..core.rule import Rule, States, StateSpec
+from ..requests import Body, Elementwise, Matrix, Outcome, Update
+
+__all__ = ["AdamW", "AdamWRule"]
+
+
+@register
+@dataclass(frozen=True)
+class AdamWRule(Rule):
+    """Adam with decoupled decay."""
+
+    name: ClassVar[str] = "adamw"
+    summary: ClassVar[str] = "X −= η·m̂/(√v̂ + ε)"
+    use: ClassVar[str] = "embeddings, heads, norms, biases"
+    paper: ClassVar[str] = "arXiv 1711.05101"
+    flops: ClassVar[str] = "O(mn)"
+    sent: ClassVar[str] = "0"
+    states: ClassVar[States] = {
+        "momentum": StateSpec(),
+        "variance": StateSpec(),
+        "step": StateSpec((), dtype=torch.float32),
+    }
+    elementwise: ClassVar[bool] = True
+
+    beta1: float = number(0.9, 0.0, 1.0, open_high=True, doc="β₁.")
+    beta2: float = number(0.95, 0.0, 1.0, open_high=True, doc="β₂.")
+    epsilon: float = number(1e-8, 0.0, doc="ε.")
+
+    def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> Elementwise:
+        """What the core is told."""
+        return Elementwise(self.lr, self.weight_decay, self.maximize, "adamw", self.beta1, self.beta2, self.epsilon)
+
+    def step(self, w: Matrix) -> Body[Outcome]:
+        """``m ← β₁m + (1−β₁)g``, ``v ← β₂v + (1−β₂)g²``, ``D = (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)``"""
+        g, t = self.sign * w.gradient, w.state["step"].to(w.x.device) + 1.0
+        m = self.beta1 * w.read("momentum") + (1.0 - self.beta1) * g
+        v = self.beta2 * w.read("variance") + (1.0 - self.beta2) * g * g
+        first, second = (1.0 - beta ** t.double() for beta in (self.beta1, self.beta2))
+        d = (m / first.to(m.dtype)) / ((v / second.to(v.dtype)).sqrt() + self.epsilon)
+        return (yield Update(w, d, self.lr, self.weight_decay, {"momentum": m, "variance": v, "step": t}))
+
+
+class AdamW(MatrixOptimizer, rule=AdamWRule):
+    r"""AdamW for every parameter, with this library's states, checkpoints and backends.
+
+    .. math::
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        x &\leftarrow (1 - \eta\lambda) x - \eta \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+    """

@@ -1,0 +1,95 @@
+"""Muon (Keller Jordan; torch.optim.Muon): momentum, orthogonalised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from ..core.optimizer import MatrixOptimizer
+from ..core.options import choice, flag, number
+from ..core.registry import register
+from ..core.rule import Rule, States, StateSpec
+from ..numerics.newton_schulz import JORDAN, POLAR_EXPRESS
+from ..requests import Body, Matrix, NewtonSchulz, Outcome, Polar, Request, Update, Whole
+
+__all__ = ["Muon", "MuonRule"]
+
+AdjustLr = Literal["spectral", "original", "match_rms_adamw"]
+
+
+@register
+@dataclass(frozen=True)
+class MuonRule(Rule):
+    """The polar factor of a momentum, by Newton–Schulz iterations or exactly."""
+
+    name: ClassVar[str] = "muon"
+    summary: ClassVar[str] = "X −= η·scale·NS(lerp(G, M, μ)), M = lerp(M, G, 1−μ)"
+    use: ClassVar[str] = "full-rank spectral steps, the field's measure"
+    paper: ClassVar[str] = "kellerjordan.github.io/posts/muon, arXiv 2502.16982"
+    flops: ClassVar[str] = "20mn·min(m,n)"
+    sent: ClassVar[str] = "mn"
+    states: ClassVar[States] = {"momentum": StateSpec()}
+
+    lr: float = number(0.02, 0.0, doc="η, the learning rate. A tensor is read at each step.")
+    mu: float = number(0.95, 0.0, 1.0, doc="μ, the momentum.")
+    nesterov: bool = flag(True, doc="Look ahead: orthogonalise lerp(G, M, μ) in place of M.")
+    polar: Literal["jordan", "polar-express", "exact"] = choice(
+        "jordan",
+        "jordan",
+        "polar-express",
+        "exact",
+        doc='The polar factor: five of Jordan\'s quintics, Polar Express (arXiv 2505.16932), or "exact".',
+    )
+    adjust_lr: AdjustLr | None = choice(
+        "spectral",
+        "spectral",
+        "original",
+        "match_rms_adamw",
+        None,
+        doc='What η is multiplied by: "spectral" sqrt(m/n), "original" sqrt(max(1, m/n)), "match_rms_adamw" '
+        "0.2·sqrt(max(m, n)), or None.",
+    )
+    epsilon: float = number(1e-7, 0.0, doc="The smallest norm that the momentum is divided by.")
+
+    def scale(self, fan_out: int, fan_in: int) -> float:
+        """By ``adjust_lr``."""
+        m, n = max(fan_out, 1), max(fan_in, 1)
+        if self.adjust_lr == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(m, n))
+        return {"spectral": math.sqrt(m / n), "original": math.sqrt(max(1.0, m / n)), None: 1.0}[self.adjust_lr]
+
+    def step(self, w: Matrix) -> Body[Outcome]:
+        """``M ← lerp(M, G, 1 − μ)``, ``D = polar(lerp(G, M, μ))``"""
+        g = self.sign * w.gradient
+        m = w.read("momentum").lerp(g, 1.0 - self.mu)
+        u = g.lerp(m, self.mu) if self.nesterov else m
+        d = yield from self.orthogonalized(w, u)
+        return (yield Update(w, d, self.lr, self.weight_decay, {"momentum": m}, w.scale))
+
+    def orthogonalized(self, w: Matrix, u: Tensor) -> Generator[Any, Any, Tensor]:
+        """The polar factor of the whole matrix whose part here is ``u``; of that, this rank's part."""
+        return (yield Whole(u, w, partial(self._polar, w)))
+
+    def _polar(self, w: Matrix, u: Tensor) -> Request:
+        if self.polar == "exact":
+            return Polar(u, w.precision.noise.right)
+        jordan = self.polar == "jordan"
+        coefficients, divisor = (JORDAN, 1.0) if jordan else (POLAR_EXPRESS, 1.02)
+        return NewtonSchulz(u, coefficients, w.precision, divisor, self.epsilon)
+
+
+class Muon(MatrixOptimizer, rule=MuonRule):
+    r"""Muon: full-rank spectral descent on hidden matrices.
+
+    .. math::
+        M &\leftarrow \mu M + (1 - \mu) G, \quad U = (1 - \mu) G + \mu M \\
+        X &\leftarrow (1 - \eta\lambda) X - \eta\,\mathrm{scale}\; U (U^\top U)^{-1/2}
+
+    The polar factor is approximated by five Newton–Schulz iterations. With ``adjust_lr="original"`` it takes the steps of
+    ``torch.optim.Muon``, whose products are rounded to bfloat16. Sharded matrices go to an owner and back.
+    """
