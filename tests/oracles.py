@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
+
+import orthdion
 
 
 def orth(a: Tensor) -> Tensor:
@@ -42,6 +46,34 @@ def with_spectrum(m: int, n: int, sigma: Tensor, seed: int = 0) -> Tensor:
         orth(randn(n, k, seed=seed + 1, dtype=torch.float64)),
     )
     return (u * sigma) @ v.T
+
+
+def low_rank(params, residual=None, **options):
+    """Orth-Dion, or with a residual the completed step."""
+    if residual is None:
+        return orthdion.OrthDion(params, **options)
+    return orthdion.CompletedDion(params, residual=residual, **options)
+
+
+def pairwise(**axes):
+    """Rows of a table in which every two values of different axes stand together at least once."""
+    names, rows = list(axes), []
+    wanted = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(names, 2)
+        for x in range(len(axes[a]))
+        for y in range(len(axes[b]))
+    }
+    everything = list(itertools.product(*(range(len(axes[n])) for n in names)))
+    while wanted:
+        gains = [
+            {(a, row[i], b, row[j]) for (i, a), (j, b) in itertools.combinations(enumerate(names), 2)} & wanted
+            for row in everything
+        ]
+        best = max(range(len(everything)), key=lambda k: len(gains[k]))
+        wanted -= gains[best]
+        rows.append({n: axes[n][k] for n, k in zip(names, everything[best], strict=True)})
+    return rows
 
 
 def parameter(t: Tensor, grad: Tensor | None = None) -> torch.nn.Parameter:

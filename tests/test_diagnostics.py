@@ -9,7 +9,7 @@ from orthdion import diagnostics
 @pytest.mark.parametrize("right_factor", ["qr", "column", "polar"])
 def test_figures_agree_between_backends_and_with_their_definitions(right_factor):
     entries = []
-    for backend in ("rust", "reference"):
+    for backend in ("rust", "torch"):
         p = parameter(randn(40, 24, dtype=torch.float64))
         o = orthdion.OrthDion(
             [p, parameter(randn(3, 9, 8), randn(3, 9, 8, seed=5))],

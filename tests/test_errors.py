@@ -20,7 +20,7 @@ NAN = float("nan")
         ({"lr": torch.ones(2)}, ValueError, "one number"),
         ({"mu": 1.5}, ValueError, "mu"),
         ({"mu": NAN}, ValueError, "mu"),
-        ({"betas": (0.9, 1.0)}, ValueError, "beta2"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]"),
         ({"betas": (0.9,)}, TypeError, "betas"),
         ({"betas": (-0.1, 0.9)}, ValueError, "betas"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay"),
@@ -31,12 +31,12 @@ NAN = float("nan")
         ({"rank_multiple_of": 0}, ValueError, "rank_multiple_of"),
         ({"rank_multiple_of": 1.5}, TypeError, "rank_multiple_of"),
         ({"right_factor": "columns"}, ValueError, "did you mean 'column'"),
-        ({"tail": "normalised"}, ValueError, "did you mean 'normalized'"),
-        ({"tail_scale": -1}, ValueError, "tail_scale"),
+        ({"tail": "normalized"}, TypeError, "CompletedDion"),
+        ({"rank_fracton": 0.5}, TypeError, "did you mean 'rank_fraction'"),
+        ({"mixed_precision_config": None}, TypeError, "momentum_dtype"),
         ({"feedback": "diom"}, ValueError, "did you mean 'dion'"),
         ({"feedback": (0.5, 2.0)}, ValueError, "feedback's b"),
         ({"feedback": 0.5}, TypeError, "feedback"),
-        ({"nesterov": 1}, TypeError, "nesterov"),
         ({"maximize": None}, TypeError, "maximize"),
         ({"seed": 0.5}, TypeError, "seed"),
         ({"momentum_dtype": torch.int8}, TypeError, "momentum_dtype"),
@@ -53,9 +53,24 @@ def test_hyperparameters(kind, options, error, words):
 
 
 @pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"residual": "normalised"}, ValueError, "did you mean 'normalized'"),
+        ({"residual": None}, ValueError, "residual"),
+        ({"residual_scale": -1}, ValueError, "residual_scale"),
+        ({"nesterov": 1}, TypeError, "nesterov"),
+    ],
+    ids=str,
+)
+def test_hyperparameters_of_the_completed_step(options, error, words):
+    with pytest.raises(error, match=words):
+        orthdion.CompletedDion([parameter(randn(4, 4))], **options)
+
+
+@pytest.mark.parametrize(
     ("group", "error", "words"),
     [
-        ({"learning_rate": 0.1}, ValueError, "learning_rate"),
+        ({"learning_rate": 0.1}, ValueError, "did you mean 'lr'"),
         ({"rank_frac": 0.1}, ValueError, "did you mean 'rank_fraction'"),
         ({"algorithm": "adam"}, ValueError, "did you mean 'adamw'"),
         ({"row_blocks": 3}, ValueError, "row_blocks=3 does not divide"),
@@ -148,12 +163,12 @@ def test_the_core_refuses_what_python_got_wrong():
     import numpy as np
 
     from orthdion import _core
-    from orthdion.backends.table import operands
+    from orthdion.backends.table import table
 
     a, v = randn(6, 3), torch.zeros(6, 3)
-    for change, words in [((0, 0, 7), "spans"), ((1, 3, int(v.data_ptr()) + 1), "aligned"), ((0, 4, 9), "dtype code")]:
-        table = operands(a, v)
-        table[change[0], change[1]] = change[2]
+    for change, words in [((0, 7), "spans"), ((10, int(v.data_ptr()) + 1), "aligned"), ((5, 9), "dtype code")]:
+        rows = table([((6, 3, 0, 0), (a, v))])
+        rows[0, change[0]] = change[1]
         with pytest.raises(ValueError, match=words):
-            _core.factor(table, np.zeros((3, 3)), False, False, 0.0, False, 1)
+            _core.factors(rows, np.zeros(9), False, False, 0.0, False, 1)
     assert not v.any()

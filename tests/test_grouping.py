@@ -32,12 +32,12 @@ def test_every_kind_goes_where_it_belongs_with_a_reason():
     expected = {
         "embed.weight": ("adamw", "tied"),
         "pos_emb": ("adamw", "embedding"),
-        "qkv.weight": ("dion", "three"),
+        "qkv.weight": ("matrix", "three"),
         "qkv.bias": ("adamw", "bias"),
-        "attention.in_proj_weight": ("dion", "three"),
-        "attention.out_proj.weight": ("dion", "hidden"),
-        "experts": ("dion", "stack of 4"),
-        "conv.weight": ("dion", "convolution"),
+        "attention.in_proj_weight": ("matrix", "three"),
+        "attention.out_proj.weight": ("matrix", "hidden"),
+        "experts": ("matrix", "stack of 4"),
+        "conv.weight": ("matrix", "convolution"),
         "depthwise.weight": ("adamw", "depthwise"),
         "norm.weight": ("adamw", "norm"),
         "gate.weight": ("adamw", "vector in the shape"),
@@ -56,7 +56,7 @@ def test_an_untied_head_is_found_by_name_and_by_vocabulary():
     assert "head" in decisions(named)["lm_head.weight"].reason
     sized = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 30))
     d = decisions(sized)
-    assert d["2.weight"].settings == {"algorithm": "adamw"} and d["1.weight"].settings["algorithm"] == "dion"
+    assert d["2.weight"].settings == {"algorithm": "adamw"} and d["1.weight"].settings["algorithm"] == "matrix"
 
 
 def test_overrides_by_pattern_and_typos_are_refused():
@@ -68,7 +68,7 @@ def test_overrides_by_pattern_and_typos_are_refused():
     with pytest.raises(ValueError, match=r"no parameter matches 'expert\.\*'"):
         decisions(Tied(), overrides={"expert.*": "adamw"})
     with pytest.raises(ValueError, match=r"vector norm\.weight"):
-        decisions(Tied(), overrides={"norm.weight": "dion"})
+        decisions(Tied(), overrides={"norm.weight": "matrix"})
 
 
 def test_lions_head_gets_its_own_rate():
@@ -111,7 +111,7 @@ def test_only_the_last_layer_of_a_head_is_one():
         {"features": nn.Conv2d(3, 8, 3), "classifier": nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 10))}
     )
     r = reasons(vgg)
-    assert r["classifier.0.weight"][0] == "dion" and r["classifier.2.weight"][0] == "adamw"
+    assert r["classifier.0.weight"][0] == "matrix" and r["classifier.2.weight"][0] == "adamw"
     resnet = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3), "fc": nn.Linear(8, 10)})
     assert reasons(resnet)["fc.weight"][0] == "adamw"
 
@@ -124,7 +124,7 @@ def test_names_do_not_make_embeddings_of_layers_but_of_bare_tables():
     m.gate_up_proj_bias = nn.Parameter(torch.zeros(4, 16))
     m.router, m.A_log = nn.Linear(8, 4, bias=False), nn.Parameter(torch.zeros(16, 4))
     r = reasons(m)
-    assert r["time_emb_proj.weight"][0] == r["patch_embed.weight"][0] == "dion"
+    assert r["time_emb_proj.weight"][0] == r["patch_embed.weight"][0] == "matrix"
     others = (
         "relative_position_bias_table",
         "cls_token",
@@ -147,7 +147,7 @@ def test_layouts_that_are_not_out_by_in_are_not_stepped_as_such():
     m.grouped = nn.Conv2d(32, 64, 3, groups=4)
     r = reasons(m)
     assert r["c_attn.weight"][0] == r["up.weight"][0] == "adamw" and "Conv1D" in r["c_attn.weight"][1]
-    assert r["grouped.weight"][0] == "dion" and "4 groups" in r["grouped.weight"][1]
+    assert r["grouped.weight"][0] == "matrix" and "4 groups" in r["grouped.weight"][1]
     o = orthdion.OrthDion(orthdion.param_groups(m))
     assert o.state[m.grouped.weight]["Q"].shape == (4, 16, 4)
 
@@ -157,8 +157,8 @@ def test_an_overridden_head_keeps_lions_rate_and_a_depthwise_kernel_its_form():
         {"body": nn.Linear(16, 16), "lm_head": nn.Linear(16, 30, bias=False), "conv": nn.Conv1d(8, 8, 5, groups=8)}
     )
     groups = orthdion.param_groups(
-        m, scalar="lion", lr=0.01, overrides={"lm_head.weight": {"weight_decay": 0.1}, "conv.weight": "dion"}
+        m, scalar="lion", lr=0.01, overrides={"lm_head.weight": {"weight_decay": 0.1}, "conv.weight": "matrix"}
     )
     d = {x.name: x.settings for x in groups.decisions}
     assert d["lm_head.weight"] == {"algorithm": "lion", "weight_decay": 0.1, "lr": 0.0025}
-    assert d["conv.weight"] == {"algorithm": "dion", "flatten": True}
+    assert d["conv.weight"] == {"algorithm": "matrix", "flatten": True}

@@ -32,7 +32,7 @@ def alone(x, grads, q, scale):
 
 
 def start(shape, seed=0, index=0):
-    return orthdion.optim.blocks.start(shape, seed, index).float()
+    return orthdion.core.matrices.start(shape, seed, index).float()
 
 
 def test_a_stack_is_its_matrices():
@@ -59,7 +59,7 @@ def test_a_convolution_is_a_matrix_in_either_memory_format(memory_format):
 
 def test_a_one_dimensional_convolution_is_flattened_on_request():
     conv = nn.Conv1d(4, 8, 5)
-    (group,) = [g for g in orthdion.param_groups(conv) if g["algorithm"] == "dion"]
+    (group,) = [g for g in orthdion.param_groups(conv) if g["algorithm"] == "matrix"]
     assert group["flatten"] is True
     assert stepped(conv.weight, flatten=True)[1]["Q"].shape == (8, 2)
     assert stepped(nn.Conv1d(4, 8, 5).weight)[1]["Q"].shape == (8, 4, 1)
@@ -86,7 +86,7 @@ def test_empty_parameters_are_stepped_without_a_word(shape):
     orthdion.OrthDion([{"params": [v], "algorithm": "adamw"}]).step()
 
 
-@pytest.mark.parametrize("backend", ["rust", "reference"])
+@pytest.mark.parametrize("backend", ["rust", "torch"])
 def test_non_contiguous_parameters_and_gradients(backend):
     base = randn(40, 50)
     views = {
@@ -98,7 +98,7 @@ def test_non_contiguous_parameters_and_gradients(backend):
         dense, strided = parameter(view().contiguous()), nn.Parameter(view())
         assert not strided.is_contiguous()
         for p in (dense, strided):
-            o = orthdion.OrthDion([p], tail="normalized", backend=backend)
+            o = orthdion.CompletedDion([p], backend=backend)
             for k in range(3):
                 g = randn(p.shape[1], p.shape[0], seed=k).T
                 p.grad = g if k else g.contiguous()
@@ -110,7 +110,7 @@ def test_non_contiguous_parameters_and_gradients(backend):
 @pytest.mark.parametrize("momentum_dtype", [None, torch.float32, torch.bfloat16])
 def test_every_weight_and_state_type(dtype, momentum_dtype):
     results = []
-    for backend in ("rust", "reference"):
+    for backend in ("rust", "torch"):
         p = parameter(randn(40, 24).to(dtype))
         o = orthdion.OrthDion([p], momentum_dtype=momentum_dtype, q_dtype=momentum_dtype, backend=backend)
         for k in range(3):
@@ -135,12 +135,12 @@ def test_rank_is_rounded_up_to_the_multiple_and_capped(fraction, multiple, rank)
 
 
 def test_a_fraction_that_is_exact_in_decimal_is_not_rounded_up():
-    assert orthdion.optim.blocks.rank(30, 30, 0.1, 1) == 3
-    assert orthdion.optim.blocks.rank(700, 700, 0.07, 1) == 49
+    assert orthdion.optim.orth_dion.OrthDionRule(rank_fraction=0.1).rank(30, 30) == 3
+    assert orthdion.optim.orth_dion.OrthDionRule(rank_fraction=0.07).rank(700, 700) == 49
 
 
-@pytest.mark.parametrize("algorithm", ["dion", "adamw", "lion"])
-@pytest.mark.parametrize("backend", ["rust", "reference"])
+@pytest.mark.parametrize("algorithm", ["matrix", "adamw", "lion"])
+@pytest.mark.parametrize("backend", ["rust", "torch"])
 def test_any_memory_layout_is_stepped_like_a_contiguous_copy(algorithm, backend):
     layouts = {
         "channels last": lambda x: x.to(memory_format=torch.channels_last),

@@ -6,27 +6,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import dion_step, orth, parameter, randn, with_spectrum
+from oracles import dion_step, low_rank, orth, pairwise, parameter, randn, with_spectrum
 
 import orthdion
-from orthdion.backends import Reference
-from orthdion.optim.step import Matrix, step
-from orthdion.sharding import Communicator
+from orthdion.backends.torch import TorchBackend
+from orthdion.core import matrices
+from orthdion.core.runtime import Runtime
+from orthdion.distributed import Communicator
+from orthdion.requests import Matrix, Precision
 
 RIGHTS = ("qr", "column", "polar")
-TAILS = ("feedback", "linear", "normalized")
-OPTIONS = [
-    {"right_factor": r, "tail": t, "nesterov": n, "feedback": f}
-    for r, t, n, f in itertools.product(
-        RIGHTS, TAILS, (False, True), ("dion", "orth-dion", "pure", "momentum", (0.95, 0.7))
-    )
-]
+RESIDUALS = (None, "linear", "normalized")
+FEEDBACKS = ("dion", "orth-dion", "pure", "momentum", (0.95, 0.7))
+#: Every two values together; the core's own oracle test has the whole product.
+OPTIONS = pairwise(right_factor=RIGHTS, feedback=FEEDBACKS) + pairwise(
+    residual=RESIDUALS[1:], right_factor=RIGHTS, nesterov=(False, True), feedback=FEEDBACKS
+)
 
 
 def run(backend, shapes, steps, dtype=torch.float64, lr=0.02, seed=0, grads=None, **options):
     """Weights, momenta and warm starts after some steps on random gradients."""
     params = [parameter(randn(*s, seed=7 + i, dtype=dtype)) for i, s in enumerate(shapes)]
-    o = orthdion.OrthDion(params, lr=lr, weight_decay=0.1, backend=backend, seed=seed, **options)
+    o = low_rank(params, lr=lr, weight_decay=0.1, backend=backend, seed=seed, **options)
     for k in range(steps):
         for i, p in enumerate(params):
             p.grad = grads(k, i) if grads else randn(*p.shape, seed=1000 * k + i, dtype=dtype)
@@ -51,7 +52,7 @@ def test_rust_equals_the_reference_after_one_and_after_fifty_steps(options):
         return g + 0.02 * randn(*shapes[i], seed=1000 * k + i, dtype=torch.float64)
 
     for steps in (1, 50):
-        ours, theirs = (run(b, shapes, steps, grads=grads, **options) for b in ("rust", "reference"))
+        ours, theirs = (run(b, shapes, steps, grads=grads, **options) for b in ("rust", "torch"))
         assert distance(ours, theirs) < 1e-10, steps
         assert all(torch.allclose(x, y, atol=1e-8) for x, y in zip(ours[2], theirs[2], strict=True))
 
@@ -61,19 +62,22 @@ def test_single_precision_equals_the_double_oracle_to_rounding(options):
     shapes = [(60, 33), (20, 75)]
     ours = run("rust", shapes, 1, dtype=torch.float32, **options)
     # The same problem in double, with single's thresholds.
-    theirs = run("reference", shapes, 1, dtype=torch.float32, **options)
+    theirs = run("torch", shapes, 1, dtype=torch.float32, **options)
     params = [randn(*s, seed=7 + i).double() for i, s in enumerate(shapes)]
     momenta = []
     for i, x in enumerate(params):
-        o = orthdion.OrthDion([parameter(x.float())], lr=0.02, weight_decay=0.1, **options)
-        q = orthdion.optim.blocks.start((1, min(x.shape), o.state[next(iter(o.state))]["Q"].shape[1]), 0, i)[0]
+        o = low_rank([parameter(x.float())], lr=0.02, weight_decay=0.1, **options)
+        q = matrices.start((1, min(x.shape), o.state[next(iter(o.state))]["Q"].shape[1]), 0, i)[0]
         q = q.float().double()
         g, m = randn(*x.shape, seed=i).double(), torch.zeros_like(x)
         flip = x.shape[0] < x.shape[1]
         views = [t.T if flip else t for t in (x, g, m)]
         scale = (x.shape[0] / x.shape[1]) ** 0.5
-        settings_ = o._options(o.param_groups[0])
-        step([(Matrix(*views, q, scale, tuple(views[0].shape)), settings_)], Reference(unit=2.0**-24), Communicator())
+        rule = o._rule(0, o.param_groups[0])
+        states = {"momentum": views[2], "Q": q}
+        w = Matrix(*views[:2], states, tuple(views[0].shape), tuple(x.shape), scale)
+        w.precision = Precision(torch.float64, None, 2.0**-24)
+        Runtime(Communicator(), TorchBackend()).run([rule.step(w)], [0])
         momenta.append(m)
     oracle = (params, momenta)
     assert distance(ours[:2], oracle) < 5e-6
@@ -82,9 +86,9 @@ def test_single_precision_equals_the_double_oracle_to_rounding(options):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (5, 5), (64, 48), (130, 70), (33, 200)])
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize("tail", TAILS)
-def test_shapes_and_ranks(shape, fraction, tail):
-    ours, theirs = (run(b, [shape], 3, tail=tail, rank_fraction=fraction) for b in ("rust", "reference"))
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_shapes_and_ranks(shape, fraction, residual):
+    ours, theirs = (run(b, [shape], 3, residual=residual, rank_fraction=fraction) for b in ("rust", "torch"))
     assert distance(ours, theirs) < 1e-9
 
 
@@ -110,34 +114,34 @@ def test_dion_follows_its_own_five_lines(shape, untransposed):
     assert (o.state[p]["momentum"].double() - mom).norm() < 1e-5 * mom.norm()
 
 
-@pytest.mark.parametrize("backend", ["rust", "reference"])
-@pytest.mark.parametrize(("right_factor", "tail"), list(itertools.product(RIGHTS, TAILS)))
+@pytest.mark.parametrize("backend", ["rust", "torch"])
+@pytest.mark.parametrize(("right_factor", "residual"), list(itertools.product(RIGHTS, RESIDUALS)))
 class TestClaims:
-    def test_a_zero_gradient_is_a_no_op(self, backend, right_factor, tail):
+    def test_a_zero_gradient_is_a_no_op(self, backend, right_factor, residual):
         x = randn(30, 20)
         p = parameter(x, torch.zeros(30, 20))
-        o = orthdion.OrthDion([p], weight_decay=0.0, right_factor=right_factor, tail=tail, backend=backend)
+        o = low_rank([p], weight_decay=0.0, right_factor=right_factor, residual=residual, backend=backend)
         q = o.state[p]["Q"].clone()
         o.step()
         assert torch.equal(p.detach(), x)
         assert torch.equal(o.state[p]["Q"], q)
         assert not o.state[p]["momentum"].any()
 
-    def test_a_rank_two_gradient_moves_only_in_its_spaces(self, backend, right_factor, tail):
+    def test_a_rank_two_gradient_moves_only_in_its_spaces(self, backend, right_factor, residual):
         u, v = orth(randn(60, 2)), orth(randn(40, 2, seed=1))
         g = u @ torch.diag(torch.tensor([2.0, 1.0])) @ v.T
         p = parameter(torch.zeros(60, 40))
-        o = orthdion.OrthDion([p], rank_fraction=0.3, right_factor=right_factor, tail=tail, backend=backend)
+        o = low_rank([p], rank_fraction=0.3, right_factor=right_factor, residual=residual, backend=backend)
         for _ in range(3):
             p.grad = g.clone()
             o.step()
         x = p.detach()
         assert (x - u @ (u.T @ x @ v) @ v.T).norm() < 0.01 * x.norm()
 
-    def test_the_step_does_not_see_the_gradients_scale(self, backend, right_factor, tail):
+    def test_the_step_does_not_see_the_gradients_scale(self, backend, right_factor, residual):
         def after(factor):
             p = parameter(torch.zeros(50, 30))
-            o = orthdion.OrthDion([p], right_factor=right_factor, tail=tail, backend=backend)
+            o = low_rank([p], right_factor=right_factor, residual=residual, backend=backend)
             p.grad = randn(50, 30) * factor
             o.step()
             return p.detach()
@@ -147,9 +151,9 @@ class TestClaims:
             assert (after(factor) - one).norm() < 1e-4 * one.norm(), factor
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-    def test_one_bad_entry_changes_nothing_but_a_counter(self, backend, right_factor, tail, bad):
+    def test_one_bad_entry_changes_nothing_but_a_counter(self, backend, right_factor, residual, bad):
         p, other = parameter(randn(30, 20)), parameter(randn(20, 20))
-        o = orthdion.OrthDion([p, other], right_factor=right_factor, tail=tail, backend=backend)
+        o = low_rank([p, other], right_factor=right_factor, residual=residual, backend=backend)
         for t in (p, other):
             t.grad = randn(*t.shape, seed=5)
         o.step()
@@ -184,14 +188,14 @@ def test_the_step_is_bounded_and_points_downhill_for_every_spectrum(m, n, decay,
         assert norm <= (m / n) ** 0.5 * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("tail", ["linear", "normalized"])
-def test_the_completed_step_has_unit_head_and_the_tails_root_mean_square(tail):
+@pytest.mark.parametrize("residual", ["linear", "normalized"])
+def test_the_completed_step_has_unit_head_and_the_residuals_root_mean_square(residual):
     # Well inside its rank: B's left and right spaces are found exactly after a few iterations on one gradient.
     sigma = torch.cat([torch.linspace(10, 8, 6), torch.linspace(1.1, 0.9, 14)]).double()
     g = with_spectrum(40, 20, sigma)
     p = parameter(torch.zeros(40, 20, dtype=torch.float64))
-    o = orthdion.OrthDion(
-        [p], lr=1.0, weight_decay=0.0, rank_fraction=0.3, tail=tail, tail_scale=0.5, feedback="momentum"
+    o = low_rank(
+        [p], lr=1.0, weight_decay=0.0, rank_fraction=0.3, residual=residual, residual_scale=0.5, feedback="momentum"
     )
     for _ in range(30):
         p.grad = g.clone()
@@ -203,13 +207,13 @@ def test_the_completed_step_has_unit_head_and_the_tails_root_mean_square(tail):
     assert abs(float(s[6:].square().mean().sqrt()) - 0.5) < 0.01
 
 
-@pytest.mark.parametrize("tail", ["linear", "normalized"])
+@pytest.mark.parametrize("residual", ["linear", "normalized"])
 @pytest.mark.parametrize("share", [0.0, 1e-9, 1e-7, 1e-5, 1e-4])
-def test_a_tail_that_is_exactly_or_nearly_zero_adds_no_noise(tail, share):
+def test_a_residual_that_is_exactly_or_nearly_zero_adds_no_noise(residual, share):
     g = with_spectrum(60, 40, torch.cat([torch.ones(10), torch.full((30,), share)]).double()).float()
     p = parameter(torch.zeros(60, 40), g)
     options = {"lr": 1.0, "weight_decay": 0.0, "rank_fraction": 0.25}
-    o = orthdion.OrthDion([p], tail=tail, **options)
+    o = low_rank([p], residual=residual, **options)
     for _ in range(5):
         p.grad = g.clone()
         with torch.no_grad():
@@ -239,7 +243,7 @@ def test_qr_and_column_track_the_same_subspace():
 def test_threads_do_not_change_a_bit():
     def weights(threads):
         torch.set_num_threads(threads)
-        return run("rust", [(128, 96), (64, 200), (300, 40)], 4, dtype=torch.float32, tail="normalized")
+        return run("rust", [(128, 96), (64, 200), (300, 40)], 4, dtype=torch.float32, residual="normalized")
 
     one = weights(1)
     for threads in (2, 3):
@@ -248,12 +252,12 @@ def test_threads_do_not_change_a_bit():
         )
 
 
-@pytest.mark.parametrize(("right_factor", "tail"), list(itertools.product(RIGHTS, TAILS)))
+@pytest.mark.parametrize(("right_factor", "residual"), list(itertools.product(RIGHTS, RESIDUALS)))
 @pytest.mark.parametrize("shape", [(130, 70), (40, 200)])
-def test_bfloat16_products_follow_the_reference_and_leave_float64_alone(right_factor, tail, shape):
-    options = {"right_factor": right_factor, "tail": tail, "rank_fraction": 0.3}
+def test_bfloat16_products_follow_the_reference_and_leave_float64_alone(right_factor, residual, shape):
+    options = {"right_factor": right_factor, "residual": residual, "rank_fraction": 0.3}
     half = dict(compute_dtype="bfloat16", **options)
-    ours, theirs = (run(b, [shape], 1, dtype=torch.float32, **half) for b in ("rust", "reference"))
+    ours, theirs = (run(b, [shape], 1, dtype=torch.float32, **half) for b in ("rust", "torch"))
     exact = run("rust", [shape], 1, dtype=torch.float32, **options)
     # P and V may be rounded to either side where sums differ in their last bit: that is the distance of these two.
     assert distance(ours, theirs) < 1e-3

@@ -37,7 +37,9 @@ def _made(rule: str | type[Rule], options: dict[str, Any]) -> Rule:
 
 def _oriented(rule: Rule, x: Tensor) -> bool:
     if x.ndim != 2:
-        raise ValueError(f"x must be one matrix, but its shape is {tuple(x.shape)}; pass the matrices of a stack singly")
+        raise ValueError(
+            f"x must be one matrix, but its shape is {tuple(x.shape)}; pass the matrices of a stack singly"
+        )
     return rule.tall and x.shape[0] < x.shape[1]
 
 
@@ -83,7 +85,8 @@ def step(
         x: the weight (m, n), written to.
         g: its gradient (m, n).
         state: what :func:`init` made, written to.
-        backend, compute_dtype: as for optimizers.
+        backend: as for optimizers.
+        compute_dtype: as for optimizers.
         options: of the rule.
 
     Returns:
@@ -114,4 +117,3 @@ def step(
     if not made.checks_gradient and not bool(torch.isfinite(g).all()):
         return Report(skipped=True)
     return Runtime(Communicator(), there).run([made.step(w)], [0])[0]
-

@@ -1,7 +1,7 @@
 """Which parameter goes to which algorithm, and why (docs/algorithms.md, section 6).
 
-Hidden matrices go to the optimizer's own rule ("matrix"). Embeddings, the head, norms, biases and vectors go to AdamW or Lion:
-Dion's family runs on an embedding or a head but trains poorly there.
+Hidden matrices go to the optimizer's own rule ("matrix"). Embeddings, the head, norms, biases and vectors go to
+AdamW or Lion: Dion's family runs on an embedding or a head but trains poorly there.
 """
 
 from __future__ import annotations
@@ -215,13 +215,9 @@ def _override(
     chosen = keys.get("algorithm", settings["algorithm"])
     elementwise = chosen in rules() and rules()[chosen].elementwise
     if not elementwise and p.ndim < 2:
-        raise ValueError(
-            f"overrides[{pattern!r}] gives the vector {name} to a rule that needs matrices"
-        )
+        raise ValueError(f"overrides[{pattern!r}] gives the vector {name} to a rule that needs matrices")
     if keys.get("algorithm", settings["algorithm"]) != settings["algorithm"]:
-        settings = (
-            {"flatten": True} if conv and not elementwise else {}
-        )  # the rest was for the other algorithm
+        settings = {"flatten": True} if conv and not elementwise else {}  # the rest was for the other algorithm
     return {**settings, **keys}, f"{reason}; overridden by {pattern!r}"
 
 

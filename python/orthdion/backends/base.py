@@ -23,7 +23,9 @@ class Fused(Protocol):
 
     def __call__(
         self, matrices: Sequence[Matrix], forms: Sequence[Form], kept: dict[Any, Any], /
-    ) -> Sequence[Outcome]: ...
+    ) -> Sequence[Outcome]:
+        """Steps them."""
+        ...
 
 
 class Backend(Protocol):

@@ -1,7 +1,7 @@
 """Whole steps of the Rust core: all matrices of a form in one call.
 
-What the core is told of a matrix is kept from one step to the next (a table a list of matrices); only where the gradients
-lie is told anew.
+What the core is told of a matrix is kept from one step to the next (a table a list of matrices); only where the
+gradients lie is told anew.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _tables(matrices: Sequence[Matrix], states: tuple[str, ...], kept: dict[Any,
     return known
 
 
-def _fill(part: _Kept, forms: Sequence[Form]) -> list[Form]:
+def _fill(part: _Kept, forms: Sequence[Form]) -> list[Any]:
     """Writes each matrix's gradient and the number of its form into the table; the distinct forms."""
     part.table[:, _G] = np.array([describe(w.g) for w in part.matrices], dtype=np.int64)
     distinct: dict[int, tuple[int, Form]] = {}

@@ -1,9 +1,10 @@
-"""CPU tensors through the Rust core, without copies: one call for all requests of a kind, and whole steps in one call."""
+"""CPU tensors through the Rust core, without copies: one call for all requests of a kind, and whole steps in one
+call."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..requests import (
     Elementwise,
     Energies,
     Factor,
+    Form,
     LowRank,
     LowRankUpdate,
     NewtonSchulz,
@@ -26,6 +28,7 @@ from ..requests import (
     Request,
     Sketch,
 )
+from .base import Fused
 from .fused import elementwise, low_rank, written
 from .table import table
 from .torch import TorchBackend
@@ -37,7 +40,7 @@ class RustBackend(TorchBackend):
     """B is formed while the core packs it, and never stored."""
 
     name = "rust"
-    fused = {LowRank: low_rank, Elementwise: elementwise}
+    fused: Mapping[type[Form], Fused] = {LowRank: low_rank, Elementwise: elementwise}
 
     def key(self, request: Request) -> Hashable:
         """The core takes matrices of all shapes in one call."""
@@ -69,9 +72,7 @@ class RustBackend(TorchBackend):
         rows = [((*q.tensor.shape, 0, 0), (q.tensor, x)) for q, x in zip(qs, out, strict=True)]
         coefficients = np.array(first.coefficients, dtype=np.float64).reshape(-1, 3)
         double, half = _double_and_half(first.precision)
-        finite = _core.newton_schulz(
-            table(rows), coefficients, first.divisor, first.epsilon, half, double, _threads()
-        )
+        finite = _core.newton_schulz(table(rows), coefficients, first.divisor, first.epsilon, half, double, _threads())
         for x, good in zip(out, finite, strict=True):
             if not good:
                 x.fill_(math.nan)

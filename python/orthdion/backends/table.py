@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,6 @@ def operands(*arrays: Tensor | np.ndarray[Any, Any]) -> Table:
     return np.array([(a.shape[0], a.shape[1], 0, *_view(a)) for a in arrays], dtype=np.int64)
 
 
-def table(rows: list[tuple[tuple[int, int, int, int], tuple[Tensor | np.ndarray[Any, Any], ...]]]) -> Table:
+def table(rows: Sequence[tuple[tuple[int, ...], tuple[Tensor | np.ndarray[Any, Any], ...]]]) -> Table:
     """The table of a list call: four numbers that say shapes and options, and the views, a row a matrix."""
     return np.array([(*head, *(n for a in views for n in _view(a))) for head, views in rows], dtype=np.int64)

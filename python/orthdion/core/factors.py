@@ -1,7 +1,7 @@
 """Factors whose rows lie on several ranks (docs/algorithms.md, sections 4 and 7).
 
-``A = E·S`` with orthonormal columns of E, which stay where A's rows are, and a small S that every rank has. QR, the polar
-factor, null directions and completions do not depend on the orthonormal basis that a matrix is written in, so
+``A = E·S`` with orthonormal columns of E, which stay where A's rows are, and a small S that every rank has. QR, the
+polar factor, null directions and completions do not depend on the orthonormal basis that a matrix is written in, so
 ``f(A) = E·f(S)``: what serves whole matrices serves S as it would have served A.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +14,7 @@ from . import gradients, matrices, states
 from .entries import Entry
 from .options import names_of, options_of, refuse_unknown, unpack_betas
 from .registry import find, register, rules
+from .resolved import Resolved
 from .rule import Rule
 from .saving import SavedOptimizer
 from .signature import Common, companions
@@ -25,18 +26,6 @@ MATRIX = "matrix"
 #: Options that groups of every rule take from the optimizer's constructor.
 _SHARED = ("lr", "weight_decay", "maximize")
 _SHAPE_KEYS = ("flatten", "row_blocks")
-
-
-@dataclass(frozen=True)
-class _Resolved:
-    """A group's rule, and the values that it was made from."""
-
-    group: dict[str, Any]
-    names: tuple[str, ...]
-    values: list[Any]
-    size: int
-    rule: Rule
-    live: bool
 
 
 class Groups(SavedOptimizer):
@@ -98,7 +87,14 @@ class Groups(SavedOptimizer):
             own[option] = options_of(rule)[option].check(option, value)
         filled = cast(dict[str, Any], rule.resolve({**filled, **own}))
         rest = {k: v for k, v in group.items() if k not in filled and k not in self.defaults}
-        return {"flatten": None, "row_blocks": 1, **rest, "algorithm": rule.name, **filled, "step": group.get("step", 0)}
+        return {
+            "flatten": None,
+            "row_blocks": 1,
+            **rest,
+            "algorithm": rule.name,
+            **filled,
+            "step": group.get("step", 0),
+        }
 
     def _admit(self, k: int, group: dict[str, Any]) -> None:
         """Checks every parameter of a new group, then makes all their states."""
@@ -119,7 +115,7 @@ class Groups(SavedOptimizer):
         if p.layout != torch.strided:
             raise TypeError(f"{name} is sparse; make it dense (embedding: sparse=False)")
         choose(self._backend, p.device, p.dtype)
-        kind, rule = find(group["algorithm"]), self._rule(self.param_groups.index(group), group)
+        kind, rule = find(group["algorithm"]), self._rule(self._position(group), group)
         placed, start, r, flip = self._placed(p, group, kind, name), None, 0, False
         if not kind.elementwise:
             try:
@@ -161,7 +157,7 @@ class Groups(SavedOptimizer):
         known = self._entries.get(id(p))
         if known is not None and known.p is p:
             return known
-        kind, k = find(group["algorithm"]), self.param_groups.index(group)
+        kind, k = find(group["algorithm"]), self._position(group)
         before = sum(len(g["params"]) for g in self.param_groups[:k])
         index = before + next(i for i, q in enumerate(group["params"]) if q is p)
         if p not in self.state or not self.state[p]:
@@ -213,7 +209,7 @@ class Groups(SavedOptimizer):
                 raise ValueError(f"group {k} has lost its key {e}; put it back") from None
         return self._resolve(k, group, known)
 
-    def _resolve(self, k: int, group: dict[str, Any], before: _Resolved | None) -> Rule:
+    def _resolve(self, k: int, group: dict[str, Any], before: Resolved | None) -> Rule:
         """Makes the group's rule from its keys.
 
         Raises:
@@ -245,10 +241,13 @@ class Groups(SavedOptimizer):
             for entry in self._entries.values():
                 if entry.group is group:
                     entry.forget()
-        self._resolved[k] = _Resolved(group, names, values, len(group), rule, live)
+        self._resolved[k] = Resolved(group, names, values, len(group), rule, live)
         return rule
 
-    def _refuse_structural(self, k: int, group: dict[str, Any], before: _Resolved) -> None:
+    def _position(self, group: dict[str, Any]) -> int:
+        return next(k for k, g in enumerate(self.param_groups) if g is group)
+
+    def _refuse_structural(self, k: int, group: dict[str, Any], before: Resolved) -> None:
         options = options_of(type(before.rule))
         for name, old in zip(before.names, before.values, strict=True):
             fixed = name not in options or options[name].structural
@@ -257,6 +256,7 @@ class Groups(SavedOptimizer):
                     f"{name} of group {k} was edited from {old!r} to {group.get(name)!r}, but its states were made for "
                     f"{old!r}; build a new optimizer with it, or put it back"
                 )
+
 
 def _apart_from_rates(rule: Rule) -> Rule:
     return replace(rule, lr=0.0, weight_decay=0.0)

@@ -115,9 +115,7 @@ def right_of(w: Matrix, b: Blend, p: Tensor) -> Body[Tensor]:
     return r
 
 
-def right_factor(
-    w: Matrix, left: Left, kind: RightFactor, epsilon: float
-) -> Body[tuple[Tensor, Tensor, Tensor]]:
+def right_factor(w: Matrix, left: Left, kind: RightFactor, epsilon: float) -> Body[tuple[Tensor, Tensor, Tensor]]:
     """``(V, null, R)`` of R = Bᵀ P: its QR factor, unit columns, or polar factor."""
     at, tol = w.layout, w.precision.noise.right
     if kind == "column":
@@ -155,7 +153,9 @@ def figures(w: Matrix, b: Blend, r: Tensor, v: Tensor, null: Tensor) -> Body[Rep
     return Report(False, int(null.sum()), *_figures(energy, gram, own, descent))
 
 
-def _figures(energy: Tensor, gram: Tensor, own: Tensor, descent: Tensor) -> list[float]:
+def _figures(
+    energy: Tensor, gram: Tensor, own: Tensor, descent: Tensor
+) -> tuple[float, float, float, float, float, float]:
     """From ‖B‖², RᵀR, VᵀV and ⟨R, V⟩."""
     norms = gram.diagonal().sqrt()
     total = float(norms.sum())
@@ -164,4 +164,4 @@ def _figures(energy: Tensor, gram: Tensor, own: Tensor, descent: Tensor) -> list
     nu = float(torch.linalg.eigvalsh(own)[-1].clamp_min(0.0).sqrt())
     nuclear = float(torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt().sum())
     rank = math.exp(entropy) if total > 0.0 else 0.0
-    return [float(energy), float(norms.square().sum()), nu, float(descent), nuclear, rank]
+    return float(energy), float(norms.square().sum()), nu, float(descent), nuclear, rank

@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from .._text import table
 from ..backends import choose, get
-from ..distributed import Communicator, Meshes, Replicas, Traffic, local
+from ..distributed import Meshes, Replicas, Traffic, local
 from ..requests import Body, Deferred, Layout, Matrix, Outcome, Precision, Report
 from . import gradients
 from .entries import Copies, Entry
@@ -226,7 +226,7 @@ class MatrixOptimizer(Groups):
 
     def _count_skipped(self) -> None:
         """Counts skipped steps, and warns of the first; one on a GPU comes to light a step or two later."""
-        found = []
+        found: list[Tensor] = []
         for owners, outcomes in self._done:
             if list(outcomes).count(_STEPPED) < len(outcomes):
                 skipped = [p for p, r in zip(owners, outcomes, strict=True) if isinstance(r, Report) and r.skipped]
@@ -254,8 +254,7 @@ class MatrixOptimizer(Groups):
                     self._rates_of(group, device)
 
     def _rates_of(self, group: dict[str, Any], device: torch.device) -> Tensor:
-        index = next(k for k, g in enumerate(self.param_groups) if g is group)
-        return self._rates.of(index, group, device)
+        return self._rates.of(self._position(group), group, device)
 
     def communication(self) -> Communication:
         """Bytes that this rank put into collectives, in the last step and in all: by collective and by content."""

@@ -1,7 +1,7 @@
 """A rule's options, written once: its dataclass fields are group keys, constructor keywords, checks, errors and docs.
 
-A field is made by :func:`number`, :func:`whole`, :func:`flag`, :func:`choice` or :func:`option`, which say what it may be
-and what it means.
+A field is made by :func:`number`, :func:`whole`, :func:`flag`, :func:`choice` or :func:`option`, which say what it may
+be and what it means.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def register(rule: R) -> R:
     options_of(rule)
     known = _RULES.get(rule.name)
     if known is not None and (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__):
-        raise ValueError(f"a rule is called {rule.name!r} already: {known.__module__}.{known.__qualname__}; rename yours")
+        raise ValueError(
+            f"a rule is called {rule.name!r} already: {known.__module__}.{known.__qualname__}; rename yours"
+        )
     _RULES[rule.name] = rule
     return rule
 

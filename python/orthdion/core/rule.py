@@ -1,7 +1,9 @@
-"""What an optimizer of the family is: a frozen dataclass of options, its states, and a step that asks for what it needs.
+"""What an optimizer of the family is: a frozen dataclass of options, its states, and a step that asks for what it
+needs.
 
-A rule is written for one matrix. Its fields are the group keys, made by the functions of :mod:`.options`; ``states`` says
-what it keeps; ``step`` is a generator that yields :mod:`orthdion.requests` and ends with an update. It then runs on every
+A rule is written for one matrix. Its fields are the group keys, made by the functions of :mod:`.options`; ``states``
+says what it keeps; ``step`` is a generator that yields :mod:`orthdion.requests` and ends with an update. It then runs
+on every
 backend, sharded in every layout, in checkpoints and on the command line::
 
     @dataclass(frozen=True)

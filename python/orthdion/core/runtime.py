@@ -1,9 +1,10 @@
 """Runs the bodies of many matrices side by side, and has what they ask for answered together.
 
-A *bucket* of bodies runs until each waits for other ranks. On the way, whatever they ask of their own rank is collected,
-and requests of one key are answered by one call of the backend. What they ask of other ranks is laid into one flat buffer
-for each group and kind and sent off; while that travels, the next bucket computes. Every rank has the same matrices in
-the same order and takes every decision from reduced numbers, so all post the same collectives in the same order.
+A *bucket* of bodies runs until each waits for other ranks. On the way, whatever they ask of their own rank is
+collected, and requests of one key are answered by one call of the backend. What they ask of other ranks is laid into
+one flat buffer for each group and kind and sent off; while that travels, the next bucket computes. Every rank has the
+same matrices in the same order and takes every decision from reduced numbers, so all post the same collectives in the
+same order.
 """
 
 from __future__ import annotations

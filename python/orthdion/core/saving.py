@@ -16,8 +16,9 @@ from . import states
 from .capture import Rates, Skips
 from .entries import Entry
 from .gradients import mean_over
-from .options import names_of, options_of, refuse_unknown, unpack_betas
-from .registry import find
+from .options import names_of, options_of, unpack_betas
+from .registry import find, rules
+from .resolved import Resolved
 from .rule import Rule
 from .runtime import Runtime, one_each
 
@@ -47,7 +48,7 @@ class SavedOptimizer(Optimizer):
         self._comm = Communicator(reduce_dtype)
         #: By the identity of parameters, which keep their entries from being taken for another's.
         self._entries: dict[int, Entry] = {}
-        self._resolved: dict[int, Any] = {}
+        self._resolved: dict[int, Resolved] = {}
         #: Backends' tables, by backend and device.
         self._kept: dict[tuple[str, torch.device], dict[Any, Any]] = {}
         #: What the last step did: parameters, and the outcome of each of their matrices.
@@ -100,9 +101,7 @@ class SavedOptimizer(Optimizer):
             m.copy_(average)
         self._drifted = False
 
-    def load_state_dict(
-        self, state_dict: dict[str, Any], algorithms: Mapping[str, str] | None = None
-    ) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], algorithms: Mapping[str, str] | None = None) -> None:
         """Loads a state, this library's or microsoft/dion's, keeping each state tensor's dtype, bit-exact.
 
         It may come from another number of ranks or another layout: whole tensors and DTensors are cut to this one's.
@@ -193,10 +192,12 @@ def _merged(index: int, own: dict[str, Any], saved: dict[str, Any], algorithms: 
     unpack_betas(saved)
     rule = find(name)
     known = names_of(rule)
-    refuse_unknown(saved, (*known, *_SHAPE_KEYS, "algorithm", "betas"), own)
+    others = {option for r in rules().values() for option in names_of(r)} - {*known}
+    saved = {k: v for k, v in saved.items() if k not in others}  # microsoft/dion puts every option into every group
     for option, what in options_of(rule).items():
         if option in saved:
             saved[option] = what.check(option, saved[option])
     result = {**{k: v for k, v in own.items() if k != "params"}, **saved}
-    rule(**{k: float(v) if isinstance(v, Tensor) else v for k, v in result.items() if k in known}).check()
+    plain: dict[str, Any] = {k: float(v) if isinstance(v, Tensor) else v for k, v in result.items() if k in known}
+    rule(**plain).check()
     return result

@@ -73,7 +73,7 @@ class Common:
     @property
     def rounding(self) -> str | None:
         """Of products' operands."""
-        return {torch.bfloat16: "bfloat16"}.get(self.compute_dtype, self.compute_dtype)  # type: ignore[arg-type, return-value]
+        return {torch.bfloat16: "bfloat16"}.get(self.compute_dtype, self.compute_dtype)  # type: ignore[arg-type]
 
     def _check(self) -> None:
         for name in ("momentum_dtype", "q_dtype", "reduce_dtype"):

@@ -12,7 +12,7 @@ from ..distributed import Placed, is_dtensor, local
 from . import matrices
 from .rule import Rule, StateSpec
 
-__all__ = ["Spec", "Formats", "fitted", "initial", "orientation", "ranked_of", "single", "specs"]
+__all__ = ["Formats", "Spec", "fitted", "initial", "orientation", "ranked_of", "single", "specs"]
 
 
 @dataclass(frozen=True)

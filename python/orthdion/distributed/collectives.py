@@ -1,8 +1,8 @@
 """Requests of many matrices answered by few collectives: one flat buffer for each group and kind.
 
 A collective is a *course*: a generator that posts, yields the handle, is resumed when that has been waited for, and
-returns the answers in the order of its requests. What an owner computes between two collectives is asked of ``compute``,
-which answers a list of requests as the runtime does.
+returns the answers in the order of its requests. What an owner computes between two collectives is asked of
+``compute``, which answers a list of requests as the runtime does.
 """
 
 from __future__ import annotations

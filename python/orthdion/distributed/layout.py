@@ -103,8 +103,8 @@ def _chunk(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
 
 
 def _order(placements: tuple[Any, ...]) -> tuple[list[int], list[int]]:
-    """Mesh dimensions that shard, and those of them whose shard is strided (FSDP over tensor parallel on one axis): those
-    divide what the plain ones have left.
+    """Mesh dimensions that shard, and those of them whose shard is strided (FSDP over tensor parallel on one axis):
+    those divide what the plain ones have left.
     """
     order = [d for d, s in enumerate(placements) if not s.is_replicate()]
     return order, [d for d in order if type(placements[d]).__name__ == "_StridedShard"]

@@ -49,7 +49,8 @@ class AdamWRule(Rule):
         v = self.beta2 * w.read("variance") + (1.0 - self.beta2) * g * g
         first, second = (1.0 - beta ** t.double() for beta in (self.beta1, self.beta2))
         d = (m / first.to(m.dtype)) / ((v / second.to(v.dtype)).sqrt() + self.epsilon)
-        return (yield Update(w, d, self.lr, self.weight_decay, {"momentum": m, "variance": v, "step": t}))
+        done: Outcome = yield Update(w, d, self.lr, self.weight_decay, {"momentum": m, "variance": v, "step": t})
+        return done
 
 
 class AdamW(MatrixOptimizer, rule=AdamWRule):

@@ -50,15 +50,15 @@ class CompletedDionRule(DionRule):
     """The low-rank head and a residual of root mean square c, in one step."""
 
     name: ClassVar[str] = "completed-dion"
-    summary: ClassVar[str] = "X −= η·sqrt(m/n)·(P Vᵀ + c·sqrt(d−r)·N(T)/‖N(T)‖), T = B − P Rᵀ with normalised rows, columns"
+    summary: ClassVar[str] = (
+        "X −= η·sqrt(m/n)·(P Vᵀ + c·sqrt(d−r)·N(T)/‖N(T)‖), T = B − P Rᵀ with normalised rows, columns"
+    )
     use: ClassVar[str] = "full-rank steps at low-rank cost, where gradients are synchronised: the one to start with"
     paper: ClassVar[str] = "this library, docs/algorithms.md section 3b"
     flops: ClassVar[str] = "12mnr (linear: 6mnr)"
     sent: ClassVar[str] = "(m+n)·r + m + n"
 
-    rank_fraction: float = number(
-        0.25, 0.0, 1.0, open_low=True, structural=True, doc="r over min(m, n), in (0, 1]."
-    )
+    rank_fraction: float = number(0.25, 0.0, 1.0, open_low=True, structural=True, doc="r over min(m, n), in (0, 1].")
     right_factor: RightFactor = choice(
         "polar", "qr", "column", "polar", doc='V from R: "polar" (exact), "qr", "column".'
     )
@@ -91,7 +91,8 @@ class CompletedDionRule(DionRule):
             return None
         return (
             "the completed step applies what rank r misses of the averaged gradient, but of this matrix only rank-r "
-            "factors would be averaged; use orthdion.OrthDion, or let DDP average gradients and leave out replicate_mesh"
+            "factors would be averaged; use orthdion.OrthDion, or let DDP average gradients and leave out "
+            "replicate_mesh"
         )
 
     @property
@@ -133,23 +134,22 @@ class CompletedDionRule(DionRule):
         found = yield from figures(w, left.b, r, v, null)
         residual = yield from self._residual(w, left, r)
         q = yield from next_q(w, left, self.right_factor, v, null)
-        return (
-            yield LowRankUpdate(
-                left.b,
-                left.p,
-                r,
-                v,
-                fed=fed,
-                q=q,
-                lr=self.lr,
-                weight_decay=self.weight_decay,
-                scale=w.scale,
-                feedback=(a, b),
-                residual=residual,
-                null=null,
-                figures=found,
-            )
+        done: Outcome = yield LowRankUpdate(
+            left.b,
+            left.p,
+            r,
+            v,
+            fed=fed,
+            q=q,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            scale=w.scale,
+            feedback=(a, b),
+            residual=residual,
+            null=null,
+            figures=found,
         )
+        return done
 
     def _residual(self, w: Matrix, left: Left, r: Tensor) -> Generator[Any, Any, Residual | None]:
         """Its numbers, from ‖T‖² = ‖B‖² − ‖R‖² of the whole and of each column: P is orthonormal."""
@@ -226,8 +226,9 @@ class CompletedDion(MatrixOptimizer, rule=CompletedDionRule):
     r"""Full-rank spectral descent at low-rank cost: a low-rank orthonormal head and a cheap normalised residual.
 
     .. math::
-        M &\leftarrow M + G, \quad B = \mu M + G, \quad P = \mathrm{orth}(BQ), \quad R = B^\top P, \quad T = B - P R^\top \\
-        X &\leftarrow (1 - \eta\lambda) X - \eta \sqrt{m/n}\; \bigl(P\,V(R)^\top + c \sqrt{d - r}\; N(T)/\|N(T)\|\bigr) \\
+        M &\leftarrow M + G, \quad B = \mu M + G, \quad P = \mathrm{orth}(BQ), \quad R = B^\top P \\
+        D &= P\,V(R)^\top + c \sqrt{d - r}\; N(T)/\|N(T)\|, \qquad T = B - P R^\top \\
+        X &\leftarrow (1 - \eta\lambda) X - \eta \sqrt{m/n}\; D \\
         M &\leftarrow a M - (a - b) P (M^\top P)^\top, \qquad Q \leftarrow \mathrm{orth}(R), \qquad d = \min(m, n)
 
     The first r singular values of the step are 1, the others have a root mean square of c. It saves computation, not

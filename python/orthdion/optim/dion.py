@@ -42,9 +42,7 @@ class DionRule(Rule):
     averages_factors: ClassVar[bool] = True
 
     mu: float = number(0.95, 0.0, 1.0, doc="μ, the momentum.")
-    rank_fraction: float = number(
-        1.0, 0.0, 1.0, open_low=True, structural=True, doc="r over min(m, n), in (0, 1]."
-    )
+    rank_fraction: float = number(1.0, 0.0, 1.0, open_low=True, structural=True, doc="r over min(m, n), in (0, 1].")
     rank_multiple_of: int = whole(1, 1, structural=True, doc="r is rounded up to a multiple of this.")
     epsilon: float = number(1e-8, 0.0, doc='The guard of right_factor="column", relative to the largest column.')
     right_factor: RightFactor = choice(
@@ -87,23 +85,22 @@ class DionRule(Rule):
         v, null, r = yield from right_factor(w, left, self.right_factor, self.epsilon)
         found = yield from figures(w, left.b, r, v, null)
         q = yield from next_q(w, left, self.right_factor, v, null)
-        return (
-            yield LowRankUpdate(
-                left.b,
-                left.p,
-                r,
-                v,
-                fed=r,
-                q=q,
-                lr=self.lr,
-                weight_decay=self.weight_decay,
-                scale=w.scale,
-                feedback=feedback_numbers(self.feedback, self.mu),
-                residual=None,
-                null=null,
-                figures=found,
-            )
+        done: Outcome = yield LowRankUpdate(
+            left.b,
+            left.p,
+            r,
+            v,
+            fed=r,
+            q=q,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            scale=w.scale,
+            feedback=feedback_numbers(self.feedback, self.mu),
+            residual=None,
+            null=null,
+            figures=found,
         )
+        return done
 
 
 class Dion(MatrixOptimizer, rule=DionRule):
@@ -114,9 +111,9 @@ class Dion(MatrixOptimizer, rule=DionRule):
         X &\leftarrow (1 - \eta\lambda) X - \eta \sqrt{m/n}\; P V^\top \\
         M &\leftarrow B - (1 - \mu) P R^\top, \qquad Q \leftarrow V
 
-    Positional keywords, group keys and state keys are those of ``dion.Dion``, whose checkpoints load. Its mixed precision
-    is ``momentum_dtype`` and ``q_dtype``. ε is relative to the largest column, so that the step does not depend on the
-    gradient's scale.
+    Positional keywords, group keys and state keys are those of ``dion.Dion``, whose checkpoints load. Its mixed
+    precision is ``momentum_dtype`` and ``q_dtype``. ε is relative to the largest column, so that the step does not
+    depend on the gradient's scale.
     """
 
     positional = (

@@ -40,7 +40,8 @@ class LionRule(Rule):
         g, m = self.sign * w.gradient, w.read("momentum")
         d = (self.beta1 * m + (1.0 - self.beta1) * g).sign()
         kept = self.beta2 * m + (1.0 - self.beta2) * g
-        return (yield Update(w, d, self.lr, self.weight_decay, {"momentum": kept}))
+        done: Outcome = yield Update(w, d, self.lr, self.weight_decay, {"momentum": kept})
+        return done
 
 
 class Lion(MatrixOptimizer, rule=LionRule):

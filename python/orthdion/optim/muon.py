@@ -69,11 +69,13 @@ class MuonRule(Rule):
         m = w.read("momentum").lerp(g, 1.0 - self.mu)
         u = g.lerp(m, self.mu) if self.nesterov else m
         d = yield from self.orthogonalized(w, u)
-        return (yield Update(w, d, self.lr, self.weight_decay, {"momentum": m}, w.scale))
+        done: Outcome = yield Update(w, d, self.lr, self.weight_decay, {"momentum": m}, w.scale)
+        return done
 
     def orthogonalized(self, w: Matrix, u: Tensor) -> Generator[Any, Any, Tensor]:
         """The polar factor of the whole matrix whose part here is ``u``; of that, this rank's part."""
-        return (yield Whole(u, w, partial(self._polar, w)))
+        d: Tensor = yield Whole(u, w, partial(self._polar, w))
+        return d
 
     def _polar(self, w: Matrix, u: Tensor) -> Request:
         if self.polar == "exact":
@@ -90,6 +92,6 @@ class Muon(MatrixOptimizer, rule=MuonRule):
         M &\leftarrow \mu M + (1 - \mu) G, \quad U = (1 - \mu) G + \mu M \\
         X &\leftarrow (1 - \eta\lambda) X - \eta\,\mathrm{scale}\; U (U^\top U)^{-1/2}
 
-    The polar factor is approximated by five Newton–Schulz iterations. With ``adjust_lr="original"`` it takes the steps of
-    ``torch.optim.Muon``, whose products are rounded to bfloat16. Sharded matrices go to an owner and back.
+    The polar factor is approximated by five Newton–Schulz iterations. With ``adjust_lr="original"`` it takes the steps
+    of ``torch.optim.Muon``, whose products are rounded to bfloat16. Sharded matrices go to an owner and back.
     """

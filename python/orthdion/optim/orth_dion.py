@@ -24,9 +24,7 @@ class OrthDionRule(DionRule):
     use: ClassVar[str] = "factors in place of gradients on the wire, with singular values of exactly 1"
     paper: ClassVar[str] = "arXiv 2605.16341"
 
-    rank_fraction: float = number(
-        0.25, 0.0, 1.0, open_low=True, structural=True, doc="r over min(m, n), in (0, 1]."
-    )
+    rank_fraction: float = number(0.25, 0.0, 1.0, open_low=True, structural=True, doc="r over min(m, n), in (0, 1].")
     right_factor: RightFactor = choice(
         "qr", "qr", "column", "polar", doc='V from R: "qr" (this paper\'s), "column" (Dion\'s), "polar" (exact).'
     )
