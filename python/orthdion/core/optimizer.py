@@ -6,7 +6,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
@@ -31,11 +30,14 @@ _STEPPED = Report()
 
 
 class Given(NamedTuple):
-    """A parameter that takes part in a step: this rank's gradient, if it has one, and where its matrices lie."""
+    """A parameter that takes part in a step: this rank's gradient, if it has one, where its matrices lie, and how many
+    bytes of other parameters come before it, counted alike on every rank.
+    """
 
     entry: Entry
     g: Tensor | None
     at: Layout
+    offset: int
     skip: Tensor | None = None
     lost: Tensor | None = None
 
@@ -130,8 +132,7 @@ class MatrixOptimizer(Groups):
         """Steps the parameters whose gradients are given; ``rules`` by the identity of their group."""
         copies = Copies()
         work: dict[tuple[str, Any], _Work] = {}
-        offset = 0
-        for entry, g, at, skip, lost in self._arrived(given, rules):
+        for entry, g, at, offset, skip, lost in self._arrived(given, rules):
             p, group = entry.p, entry.group
             rule = rules[id(group)]
             name = choose(self._backend, p.device, p.dtype)[0]
@@ -158,24 +159,24 @@ class MatrixOptimizer(Groups):
                     w.diagnose = self._diagnose
                     w.skip, w.lost = skip, lost
                 part.add(served, made, form, rule, p)
-            offset += entry.bytes
         for (name, _), part in work.items():
             part.run(self, name)
         copies.write_back()
 
     def _gradients(self) -> list[Given]:
         """Every parameter's local gradient, all checked; those that no rank can miss one of are left out."""
-        found = []
+        found, after = [], 0
         for group in self.param_groups:
             for p in group["params"]:
                 entry, g = self._entry(p, group), p.grad
-                at = entry.layout
+                at, offset = entry.layout, after
+                after += entry.bytes  # also where this rank has no gradient: others may, and cut their buckets by it
                 if g is None and at.whole.size == 1:
                     continue
                 if g is not None:
                     gradients.check(p, self._name)
                     g = gradients.gradient(p)
-                found.append(Given(entry, g, at))
+                found.append(Given(entry, g, at, offset))
         return found
 
     def _arrived(self, given: Sequence[Given], rules: dict[int, Rule]) -> list[Given]:
@@ -202,13 +203,14 @@ class MatrixOptimizer(Groups):
         self._drifted |= any(one.at.compressed for one in ready)
         if not bodies:
             return ready
-        offsets = list(accumulate([one.entry.bytes for one in waiting], initial=0))[:-1]
-        for one, arrival in zip(waiting, Runtime(self._comm).run(bodies, offsets), strict=True):
+        arrivals = Runtime(self._comm).run(bodies, [one.offset for one in waiting])
+        for one, arrival in zip(waiting, arrivals, strict=True):
             if arrival.skipped:
                 self._done.append(([one.entry.p], [Report(skipped=True)]))
             elif arrival.g is not None:
-                ready.append(Given(one.entry, arrival.g, one.at.synchronised(), arrival.skip, arrival.lost))
-        return ready
+                at = one.at.synchronised()
+                ready.append(one._replace(g=arrival.g, at=at, skip=arrival.skip, lost=arrival.lost))
+        return sorted(ready, key=lambda one: one.offset)
 
     def _checked_when_fused(self, entry: Entry, rule: Rule) -> bool:
         """Whether a backend's own step looks for NaN and infinity."""

@@ -138,7 +138,7 @@ def initial(
             part = layout[key].part(start.view(layout[key].shape), placed)
             # A copy of its own: nothing larger is kept alive, and nothing is shared.
             made = part.to(device=here.device, dtype=dtype, copy=True).contiguous()
-        elif layout[key].shape == p.shape:
+        elif rule.elementwise or set(spec.axes) == {"rows", "cols"}:
             made = torch.zeros_like(here, dtype=dtype, memory_format=torch.preserve_format)
         else:
             lengths = list(layout[key].shape)
@@ -174,9 +174,10 @@ def fitted(
         )
     new = {k: saved[k] if isinstance(saved[k], Tensor) else torch.as_tensor(saved[k]) for k in own}
     ranked = ranked_of(rule, new)
-    flip, r = False, 0
     if ranked is not None:
         flip, r = _ranked_like(name, p, group, rule, ranked, ranked_of(rule, own))
+    else:
+        flip, r = orientation(p, group, rule), _rank_in(rule, own)
     layout = specs(name, p, group, placed, rule, r, flip)
     result: dict[str, Any] = {k: v for k, v in saved.items() if k not in own}
     for key, tensor in own.items():
@@ -184,6 +185,12 @@ def fitted(
             raise _misfit(name, key, new[key], layout[key].shape)
         result[key] = _fitted(placed, layout[key], tensor, new[key])
     return result
+
+
+def _rank_in(rule: type[Rule], states: dict[str, Tensor]) -> int:
+    """The length of the axis "rank" of any state; 0 where none has it."""
+    ranks = [states[k].shape[s.axes.index("rank") - len(s.axes)] for k, s in rule.states.items() if "rank" in s.axes]
+    return ranks[0] if ranks else 0
 
 
 def _ranked_like(
