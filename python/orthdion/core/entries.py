@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..distributed import Placed, local
@@ -47,8 +48,11 @@ class Entry:
     #: Bytes that each rank has of it.
     bytes: int
     seen: list[Matrix] | None = None
+    #: Which backend serves it, on which device.
+    where: tuple[str, torch.device] | None = None
     _key: tuple[Any, ...] = ()
-    _states: tuple[Tensor, ...] = ()
+    #: Its states, and where they lie.
+    _states: tuple[tuple[str, Tensor, int], ...] = ()
     _flip: bool = False
     _cut: list[tuple[int, int]] = field(default_factory=list)
 
@@ -96,11 +100,11 @@ class Entry:
                 state[name] = state[name].to(device)
 
     def _lies_as_before(self, state: dict[str, Tensor], layout: Layout) -> bool:
+        for name, t, address in self._states:
+            if state.get(name) is not t or t.data_ptr() != address:
+                return False
         p = self.p
-        there = [t for name, t in state.items() if name in self.rule.states]
-        if len(there) != len(self._states) or any(a is not b for a, b in zip(there, self._states, strict=True)):
-            return False
-        return self._key == (p.data_ptr(), p.shape, p.stride(), layout, *[t.data_ptr() for t in self._states])
+        return self._key == (p.data_ptr(), p.shape, p.stride(), layout)
 
     def _look(self, state: dict[str, Tensor], rule: Rule, layout: Layout, copies: Copies) -> list[Matrix]:
         p, before = self.p, len(copies.made)
@@ -110,8 +114,8 @@ class Entry:
             found = self._matrices(state, rule, layout, copies)
         # A DTensor's local part may be another object at each step.
         if self.placed.mesh is None and len(copies.made) == before:
-            self._states = tuple(t for name, t in state.items() if name in self.rule.states)
-            self._key = (p.data_ptr(), p.shape, p.stride(), layout, *[t.data_ptr() for t in self._states])
+            self._states = tuple((name, state[name], state[name].data_ptr()) for name in self.rule.states)
+            self._key = (p.data_ptr(), p.shape, p.stride(), layout)
             self.seen = found
         return found
 

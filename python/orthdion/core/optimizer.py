@@ -134,17 +134,17 @@ class MatrixOptimizer(Groups):
         work: dict[tuple[str, Any], _Work] = {}
         for entry, g, at, offset, skip, lost in self._arrived(given, rules):
             p, group = entry.p, entry.group
-            rule = rules[id(group)]
-            name = choose(self._backend, p.device, p.dtype)[0]
-            backend = get(name)
-            arrived = g is not None
+            rule, arrived = rules[id(group)], g is not None
+            where = entry.where
+            if where is None or where[1] != p.device:
+                where = self._whereabouts(entry)
+            part = work.get(where)
+            if part is None:
+                part = work[where] = _Work(where[0], self._kept.setdefault(where, {}))
+            backend = part.backend
             if g is None:
                 g = torch.zeros_like(local(p))
             made = entry.matrices(g, self.state[p], rule, at, copies, backend.deferred)
-            # A group's numbers are told to a backend once.
-            part = work.get((name, p.device))
-            if part is None:
-                part = work[name, p.device] = _Work(name, self._kept.setdefault((name, p.device), {}))
             form = part.form(rule, self._diagnose, self._rounding) if at.trivial and skip is None else None
             served = form is not None and type(form) in backend.fused
             rates = self._rates_of(group, p.device) if backend.deferred else None
@@ -163,19 +163,27 @@ class MatrixOptimizer(Groups):
             part.run(self, name)
         copies.write_back()
 
+    def _whereabouts(self, entry: Entry) -> tuple[str, torch.device]:
+        """Which backend serves a parameter, and where it lies; kept as long as it lies there."""
+        p = entry.p
+        entry.where = (choose(self._backend, p.device, p.dtype)[0], p.device)
+        return entry.where
+
     def _gradients(self) -> list[Given]:
         """Every parameter's local gradient, all checked; those that no rank can miss one of are left out."""
-        found, after = [], 0
+        found, after, entries = [], 0, self._entries
         for group in self.param_groups:
             for p in group["params"]:
-                entry, g = self._entry(p, group), p.grad
+                known, g = entries.get(id(p)), p.grad
+                entry = known if known is not None and known.p is p else self._entry(p, group)
                 at, offset = entry.layout, after
                 after += entry.bytes  # also where this rank has no gradient: others may, and cut their buckets by it
                 if g is None and at.whole.size == 1:
                     continue
                 if g is not None:
                     gradients.check(p, self._name)
-                    g = gradients.gradient(p)
+                    if entry.placed.mesh is not None:
+                        g = gradients.gradient(p)
                 found.append(Given(entry, g, at, offset))
         return found
 

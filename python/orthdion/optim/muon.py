@@ -65,12 +65,16 @@ class MuonRule(Rule):
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """``M ← lerp(M, G, 1 − μ)``, ``D = polar(lerp(G, M, μ))``"""
-        g = self.sign * w.gradient
-        m = w.read("momentum").lerp(g, 1.0 - self.mu)
-        u = g.lerp(m, self.mu) if self.nesterov else m
+        u, m = self.lookahead(w)
         d = yield from self.orthogonalized(w, u)
         done: Outcome = yield Update(w, d, self.lr, self.weight_decay, {"momentum": m}, w.scale)
         return done
+
+    def lookahead(self, w: Matrix) -> tuple[Tensor, Tensor]:
+        """What is orthogonalised, and the new momentum."""
+        g = self.sign * w.gradient
+        m = w.read("momentum").lerp(g, 1.0 - self.mu)
+        return (g.lerp(m, self.mu) if self.nesterov else m), m
 
     def orthogonalized(self, w: Matrix, u: Tensor) -> Generator[Any, Any, Tensor]:
         """The polar factor of the whole matrix whose part here is ``u``; of that, this rank's part."""
