@@ -10,6 +10,7 @@ pub mod elementwise;
 pub mod error;
 pub mod gemm;
 pub mod isa;
+pub mod newton_schulz;
 mod pool;
 #[cfg(feature = "python")]
 mod python;

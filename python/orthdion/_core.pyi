@@ -79,6 +79,15 @@ def factors(
     double: bool,
     threads: int,
 ) -> list[list[bool]]: ...
+def newton_schulz(
+    table: NDArray[np.int64],
+    coefficients: NDArray[np.float64],
+    divisor: float,
+    epsilon: float,
+    bfloat16: bool,
+    double: bool,
+    threads: int,
+) -> list[bool]: ...
 def power_iteration(table: NDArray[np.int64], tol: float, double: bool, threads: int) -> list[bool]: ...
 def matmul(table: NDArray[np.int64], alpha: float, beta: float, double: bool, half: bool, threads: int) -> None: ...
 def products(

@@ -22,7 +22,7 @@ mod pack;
 pub(crate) mod pairs;
 
 pub(crate) use driver::{Product, Region};
-pub(crate) use pack::{Packed, Terms};
+pub(crate) use pack::{Packed, SendPtr, Terms};
 
 use crate::isa::{Isa, Simd};
 use crate::scalar::Real;

@@ -1,11 +1,12 @@
 //! Factorisations and products on their own.
 
-use super::table::{Table, operands};
+use super::table::{Table, number_rows, operands};
 use super::{bad, detached};
 use crate::borrow;
 use crate::error::Error;
 use crate::gemm::{self, Context};
 use crate::isa::Isa;
+use crate::newton_schulz as iteration;
 use crate::qr::{self, Paths};
 use crate::step;
 use numpy::{PyReadonlyArray2, PyReadwriteArray1};
@@ -41,6 +42,40 @@ pub(super) fn factors(
         let jobs = jobs.map(|([a, v], t)| unsafe { qr::Job { a: a.shared(), v: v.exclusive(), t } });
         let factors = if double { qr::factors::<f64> } else { qr::factors::<f32> };
         factors(Context::new(threads), jobs.collect(), polar, tol, paths)
+    })
+}
+
+/// Newton–Schulz iterations, OUT ← X after all steps, of a list of matrices.
+///
+/// X₀ = U / max(‖U‖·divisor, ε), X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ on the smaller side.
+///
+/// table: int64 (N, 16): m, n, unused, unused and the views U, OUT (m×n).
+/// coefficients: float64 (steps, 3): a, b, c.
+/// Returns whether each U is finite; OUT of one that is not keeps what it had.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn newton_schulz(
+    py: Python<'_>,
+    table: PyReadonlyArray2<'_, i64>,
+    coefficients: PyReadonlyArray2<'_, f64>,
+    divisor: f64,
+    epsilon: f64,
+    bfloat16: bool,
+    double: bool,
+    threads: usize,
+) -> PyResult<Vec<bool>> {
+    let table = Table::<2>::new(&table, |&[m, n, ..]| Ok([((m, n), false), ((m, n), true)]))?;
+    let coefficients = number_rows("coefficients", &coefficients, None)?;
+    detached(py, move || {
+        borrow::check(table.claims.as_flattened(), 2)?;
+        // SAFETY: as in `lowrank_step`.
+        let jobs = table
+            .claims
+            .iter()
+            .map(|[u, out]| unsafe { iteration::Job { u: u.shared(), out: out.exclusive() } });
+        let iterate = if double { iteration::newton_schulz::<f64> } else { iteration::newton_schulz::<f32> };
+        let cx = Context { half: bfloat16, ..Context::new(threads) };
+        iterate(cx, jobs.collect(), &iteration::Schedule { coefficients, divisor, epsilon })
     })
 }
 

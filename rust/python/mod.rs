@@ -53,6 +53,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(step::lowrank_step, m)?)?;
     m.add_function(wrap_pyfunction!(step::elementwise_step, m)?)?;
     m.add_function(wrap_pyfunction!(linalg::factors, m)?)?;
+    m.add_function(wrap_pyfunction!(linalg::newton_schulz, m)?)?;
     m.add_function(wrap_pyfunction!(linalg::power_iteration, m)?)?;
     m.add_function(wrap_pyfunction!(linalg::matmul, m)?)?;
     m.add_function(wrap_pyfunction!(linalg::instruction_sets, m)?)?;

@@ -319,7 +319,7 @@ fn symmetric_in<T: Real>(cx: Context, a: Mat<'_>, b: Mat<'_>, s: &mut [f64]) {
 }
 
 /// Copies the lower triangle of row-major r×r `s` to the upper one, in squares that stay in cache.
-fn mirror<E: Copy>(s: &mut [E], r: usize) {
+pub(crate) fn mirror<E: Copy>(s: &mut [E], r: usize) {
     const SIDE: usize = 16;
     for i0 in (0..r).step_by(SIDE) {
         for j0 in (0..=i0).step_by(SIDE) {

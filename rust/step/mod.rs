@@ -374,7 +374,7 @@ impl<T: Real> Kernel for Largest<'_, T> {
 }
 
 /// max |B_ij| in double; infinite or NaN if B is anywhere.
-fn largest_entry(cx: Context, b: Terms<'_>) -> f64 {
+pub(crate) fn largest_entry(cx: Context, b: Terms<'_>) -> f64 {
     let (m, n) = b.shape().unwrap_or((0, 0));
     let down = b.contiguous_down();
     let (lines, len) = if down { (n, m) } else { (m, n) };
