@@ -1,4 +1,4 @@
-"""Muon against what it claims to be."""
+"""Muon and NorMuon against what they claim to be."""
 
 import pytest
 import torch
@@ -68,6 +68,25 @@ def test_the_steps_singular_values_are_near_one(backend, polar):
         if polar == "polar-express":
             expected = -by_hand(0.05 * p.grad, POLAR_EXPRESS, 1.02)
             assert (p.detach() - expected).norm() < 1e-10 * expected.norm()
+
+
+@pytest.mark.parametrize("backend", ["rust", "torch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normuon_has_even_rows_at_muons_norm(backend, shape):
+    p, x, m = parameter(randn(*shape).double()), randn(*shape).double(), torch.zeros(shape, dtype=torch.float64)
+    v = torch.zeros(shape[0], dtype=torch.float64)
+    o = orthdion.NorMuon([p], lr=0.1, weight_decay=0.0, backend=backend)
+    for k in range(4):
+        g = randn(*shape, seed=k + 1, dtype=torch.float64)
+        p.grad = g.clone()
+        o.step()
+        m = torch.lerp(m, g, 0.05)
+        d = by_hand(torch.lerp(g, m, 0.95))
+        v = 0.95 * v + 0.05 * d.square().mean(1)
+        even = d / (v.sqrt() + 1e-7)[:, None]
+        x = x - 0.1 * (shape[0] / shape[1]) ** 0.5 * even * d.norm() / even.norm()
+    assert (p.detach() - x).norm() < 1e-10 * x.norm()
+    assert torch.allclose(o.state[p]["variance"], v, atol=1e-12)
 
 
 def test_bfloat16_products_stay_near_float32s():

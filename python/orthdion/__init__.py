@@ -7,7 +7,7 @@ from .core.rule import Rule, StateSpec
 from .create import OptimizerInfo, create, list_optimizers
 from .distributed import decouple
 from .grouping import ParamGroups, param_groups
-from .optim import AdamW, CompletedDion, CurvaDion, Dion, Lion, Muon, OrthDion
+from .optim import AdamW, CompletedDion, CurvaDion, Dion, Lion, Muon, NorMuon, OrthDion
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "Lion",
     "MatrixOptimizer",
     "Muon",
+    "NorMuon",
     "OptimizerInfo",
     "OrthDion",
     "ParamGroups",

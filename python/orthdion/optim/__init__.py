@@ -9,9 +9,10 @@ from .curvadion import CurvaDion
 from .dion import Dion
 from .lion import Lion
 from .muon import Muon
+from .normuon import NorMuon
 from .orth_dion import OrthDion
 
-__all__ = ["OPTIMIZERS", "AdamW", "CompletedDion", "CurvaDion", "Dion", "Lion", "Muon", "OrthDion"]
+__all__ = ["OPTIMIZERS", "AdamW", "CompletedDion", "CurvaDion", "Dion", "Lion", "Muon", "NorMuon", "OrthDion"]
 
 #: Every optimizer by name; one line each.
 OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
@@ -20,6 +21,7 @@ OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
     "dion": Dion,
     "curvadion": CurvaDion,
     "muon": Muon,
+    "normuon": NorMuon,
     "adamw": AdamW,
     "lion": Lion,
 }
