@@ -1,4 +1,4 @@
-"""Orth-Dion on a model that lies over processes: FSDP2, tensor parallel, or both, in torchtitan's order of calls.
+"""The completed step on a model over processes: FSDP2, tensor parallel, or both, in torchtitan's order of calls.
 
     torchrun --standalone --nproc-per-node 4 examples/fsdp_and_tensor_parallel.py --tensor-parallel 2
 
@@ -62,7 +62,7 @@ def main() -> None:
         fully_shard(block, mesh=mesh["dp"])
     fully_shard(model, mesh=mesh["dp"])
 
-    optimizer = orthdion.OrthDion(orthdion.param_groups(model), lr=0.02, rank_fraction=0.25, tail="normalized")
+    optimizer = orthdion.CompletedDion(orthdion.param_groups(model), lr=0.02, rank_fraction=0.25)
 
     first = 0
     if (args.checkpoint / ".metadata").exists():

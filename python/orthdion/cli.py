@@ -1,15 +1,17 @@
-"""The command line: ``orthdion train | compare | recipes | doctor | bench``."""
+"""The command line: ``orthdion train | compare | list | doctor | bench``."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 try:
     import matplotlib  # noqa: F401
@@ -35,36 +37,66 @@ app = typer.Typer(
 )
 console = Console()
 
-Preset = Annotated[str, typer.Option(help=f"Sizes to start from: {', '.join(PRESETS)}.")]
-Data = Annotated[Path | None, typer.Option(help="A text file or a folder; the standard library's sources if left out.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for checkpoints, metrics and plots.")]
-Device = Annotated[str, typer.Option(help="Torch device; 'auto' takes a GPU if there is one.")]
-ScalarLr = Annotated[float | None, typer.Option(help="Rate of AdamW on what is no hidden matrix.", show_default=False)]
-Lr = Annotated[float | None, typer.Option(help="Learning rate; the recipe's own if left out.", show_default=False)]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", show_default=False)]
-Width = Annotated[
-    int | None, typer.Option(help="Of the residual stream; a multiple of twice the heads.", show_default=False)
-]
-Layers = Annotated[int | None, typer.Option(help="Transformer blocks.", show_default=False)]
-Heads = Annotated[int | None, typer.Option(help="Attention heads.", show_default=False)]
-Context = Annotated[int | None, typer.Option(help="Bytes in a sequence.", show_default=False)]
-Batch = Annotated[int | None, typer.Option(help="Sequences in a micro-batch.", show_default=False)]
-Accumulate = Annotated[int | None, typer.Option(help="Micro-batches in a step.", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="Of weights, batches and starts.", show_default=False)]
-RankFraction = Annotated[float | None, typer.Option(help="Rank over the smaller side, in (0, 1].", show_default=False)]
-WeightDecay = Annotated[float | None, typer.Option(help="Decoupled decay.", show_default=False)]
-Clip = Annotated[float | None, typer.Option(help="Largest gradient norm; 0 is none.", show_default=False)]
-Warmup = Annotated[float | None, typer.Option(help="Share of the steps that the rate rises over.", show_default=False)]
-EvalEvery = Annotated[int | None, typer.Option(help="Steps between evaluations.", show_default=False)]
-CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.", show_default=False)]
 
 
-def _config(changes: dict[str, Any]) -> TrainConfig:
-    preset = changes["preset"]
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
-    known = {f.name for f in fields(TrainConfig)}
-    return PRESETS[preset].with_(**{k: v for k, v in changes.items() if k in known})
+def _option(words: str, default: Any = None) -> Any:
+    """A field that is an option; None is not shown as a default."""
+    return field(default=default, metadata={"help": words})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What train and compare share. Those that are None are the preset's."""
+
+    preset: str = _option(f"Sizes to start from: {', '.join(PRESETS)}.", "demo")
+    data: Path | None = field(
+        default=None, metadata={"help": "A text file or a folder; the standard library's sources if left out."}
+    )
+    device: str = _option("Torch device; 'auto' takes a GPU if there is one.", "auto")
+    steps: int | None = _option("Optimizer steps.")
+    width: int | None = _option("Of the residual stream; a multiple of twice the heads.")
+    layers: int | None = _option("Transformer blocks.")
+    heads: int | None = _option("Attention heads.")
+    context: int | None = _option("Bytes in a sequence.")
+    batch: int | None = _option("Sequences in a micro-batch.")
+    accumulate: int | None = _option("Micro-batches in a step.")
+    seed: int | None = _option("Of weights, batches and starts.")
+    scalar_lr: float | None = _option("Learning rate of AdamW on what is no hidden matrix.")
+    rank_fraction: float | None = _option("Rank over the smaller side, in (0, 1].")
+    weight_decay: float | None = _option("Decoupled decay.")
+    clip: float | None = _option("Largest gradient norm; 0 is none.")
+    warmup: float | None = _option("Share of the steps that the learning rate rises over.")
+    schedule: str | None = _option("cosine, linear or constant.")
+    eval_every: int | None = _option("Steps between evaluations.")
+    checkpoint_every: int | None = _option("Steps between checkpoints.")
+
+    def config(self, **more: Any) -> TrainConfig:
+        """The preset with what was given."""
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        known = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(self)}
+        return PRESETS[self.preset].with_(**{name: getattr(self, name) for name in known}, **more)
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command, whose first parameter is an :class:`Options`, the options of those fields after its own."""
+    hints = get_type_hints(Options)
+    parameters = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    for f in fields(Options):
+        option = typer.Option(help=f.metadata["help"], show_default=f.default is not None)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters.append(
+            inspect.Parameter(f.name, kind, default=f.default, annotation=Annotated[hints[f.name], option])
+        )
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(Options(**{f.name: given.pop(f.name) for f in fields(Options)}), **given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def _device(name: str) -> str:
@@ -100,7 +132,7 @@ def _watch(label: str, steps: int) -> Iterator[Report]:
 
 
 def _print(results: list[Result]) -> None:
-    names = ("optimizer", "rate", "validation", "tokens/s", "ms/step", "state MB")
+    names = ("optimizer", "lr", "validation", "tokens/s", "ms/step", "state MB")
     title = "validation loss in nats a byte; ms/step is the optimizer's part"
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for name in names:
@@ -117,34 +149,29 @@ def _print(results: list[Result]) -> None:
     console.print(table)
     for r in results:
         for note in r.notes:
-            console.print(f"{r.config.optimizer}: {note}")
+            console.print(f"{r.config.optimizer}: {note}", markup=False)
+
+
+_SPEC_HELP = (
+    "NAME or NAME:key=value,…. NAME is one of `orthdion list`, or module:Class for an optimizer class or a Rule of "
+    "your own, in the current folder too; values are Python literals or words. completed-dion:rank_fraction=0.125 · "
+    "orth-dion:feedback=(1,0.7) · torch.optim:Muon:matrices_only=true (AdamW for the rest) · my_rules:SignedMomentum"
+)
+_COMPARED = "orth-dion orth-dion:feedback=(1,0.7) completed-dion dion muon torch.optim:Muon:matrices_only=true adamw"
 
 
 @app.command()
+@_with_options
 def train(
-    preset: Preset = "demo",
-    optimizer: Annotated[str, typer.Option(help="A recipe; see `orthdion recipes`.")] = "orth-dion-completed",
-    lr: Lr = None,
-    scalar_lr: ScalarLr = None,
-    data: Data = None,
+    options: Options,
+    optimizer: Annotated[str, typer.Option(help=_SPEC_HELP)] = "completed-dion",
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate; if left out, of its sweep on the demo, or its default.", show_default=False),
+    ] = None,
     out: Out = Path("runs/train"),
-    resume: Annotated[bool, typer.Option(help="Continue the run in --out, bit for bit.")] = False,
-    device: Device = "auto",
-    steps: Steps = None,
-    width: Width = None,
-    layers: Layers = None,
-    heads: Heads = None,
-    context: Context = None,
-    batch: Batch = None,
-    accumulate: Accumulate = None,
-    seed: Seed = None,
-    rank_fraction: RankFraction = None,
-    weight_decay: WeightDecay = None,
-    clip: Clip = None,
-    warmup: Warmup = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant.", show_default=False)] = None,
-    eval_every: EvalEvery = None,
-    checkpoint_every: CheckpointEvery = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
     parallel: Annotated[
         str | None, typer.Option(help="Over several processes: ddp, fsdp, tp, hsdp or fsdp+tp.", show_default=False)
     ] = None,
@@ -156,14 +183,22 @@ def train(
     from .train import train as run
     from .train.parallel import Parallel, launch
 
-    config = _config(dict(locals()))
+    config = options.config(optimizer=optimizer, lr=lr)
     if processes is not None and "RANK" not in os.environ:
         raise SystemExit(launch(processes, sys.argv[1:]))
-    spread = Parallel.start(parallel, _device(device))
+    spread = Parallel.start(parallel, _device(options.device))
     console.quiet = spread.rank > 0
     try:
         with _watch(optimizer, config.steps) as progress:
-            result = run(config, path=data, out=out, resume=resume, parallel=spread, progress=progress)
+            result = run(
+                config,
+                path=options.data,
+                out=out,
+                resume=resume,
+                overwrite=overwrite,
+                parallel=spread,
+                progress=progress,
+            )
     finally:
         spread.finish()
     _print([result])
@@ -177,66 +212,58 @@ def train(
 
 
 @app.command()
+@_with_options
 def compare(
-    preset: Preset = "demo",
+    options: Options,
     optimizers: Annotated[
-        str, typer.Option(help="Recipes, separated by commas; see `orthdion recipes`.")
-    ] = "orth-dion,orth-dion-tuned,orth-dion-completed,dion,muon,adamw",
+        str, typer.Option(help="Specs as of `orthdion train --optimizer`, separated by spaces: in quotes, then.")
+    ] = _COMPARED,
     lrs: Annotated[
-        str | None, typer.Option(help="Rates to sweep for each, separated by commas; each recipe's own if left out.")
+        str | None,
+        typer.Option(help="Learning rates to sweep for each, separated by commas; each spec's own if left out."),
     ] = None,
-    scalar_lr: ScalarLr = None,
-    data: Data = None,
     out: Out = Path("runs/compare"),
-    device: Device = "auto",
-    steps: Steps = None,
-    width: Width = None,
-    layers: Layers = None,
-    heads: Heads = None,
-    context: Context = None,
-    batch: Batch = None,
-    accumulate: Accumulate = None,
-    seed: Seed = None,
-    rank_fraction: RankFraction = None,
-    weight_decay: WeightDecay = None,
-    clip: Clip = None,
-    eval_every: EvalEvery = None,
 ) -> None:
-    """Train with several optimizers from the same start on the same batches, and show the curves."""
+    """Train with several optimizers from the same start on the same batches, and show the curves. An earlier comparison
+    in the same folder is replaced.
+    """
     from .train.compare import best
     from .train.compare import compare as run
+    from .train.specs import split_specs
 
-    config = _config(dict(locals()))
+    config = options.config()
     try:
         rates = [float(x) for x in lrs.split(",")] if lrs else None
     except ValueError:
         raise ValueError(f"--lrs must be numbers separated by commas, not {lrs!r}") from None
-    names = [name.strip() for name in optimizers.split(",") if name.strip()]
     results = run(
         config,
-        names,
+        split_specs(optimizers),
         rates,
-        path=data,
+        path=options.data,
         out=out,
-        device=_device(device),
+        device=_device(options.device),
         watch=lambda label: _watch(label, config.steps),
     )
     _print(results)
     if rates:
-        console.print("best rate of each: " + ", ".join(f"{r.config.optimizer} {r.lr:g}" for r in best(results)))
+        lowest = ", ".join(f"{r.config.optimizer} {r.lr:g}" for r in best(results))
+        console.print(f"best learning rate of each: {lowest}", markup=False)
     if out is not None:
         console.print(f"the curves are in {out / 'comparison.png'}, all figures in {out / 'comparison.json'}")
 
 
-@app.command()
-def recipes() -> None:
-    """List the optimizers that train and compare know by name."""
-    from .train.recipes import RECIPES
+@app.command(name="list")
+def list_() -> None:
+    """List the registered optimizers: what each keeps, computes, sends, and is for."""
+    from .create import list_optimizers
 
-    table = Table("name", "rate", "what it is")
-    for name, recipe in RECIPES.items():
-        table.add_row(name, f"{recipe.lr:g}", recipe.summary)
-    console.print(table)
+    table = Table(title="m×n matrices at rank r", title_justify="left", box=SIMPLE)
+    for column in ("name", "state", "flops", "sent", "what it is for", "paper"):
+        table.add_column(column, no_wrap=column == "name", overflow="fold")
+    for known in list_optimizers():
+        table.add_row(known.name, known.state, known.flops, known.sent, known.use, known.paper)
+    (console if console.is_terminal else Console(width=140)).print(table)
 
 
 @app.command()
@@ -266,6 +293,8 @@ def bench(context: typer.Context) -> None:
 
 def main() -> None:
     """Entry point: errors in what was asked are one line, without a traceback."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # optimizers may come from the current folder
     try:
         app()
     except (ValueError, TypeError, NotImplementedError, OSError) as e:

@@ -81,7 +81,7 @@ def _seconds(f: Callable[[], object], limit: float) -> float:
 
 
 def _speed() -> Section:
-    """One GPT block of 4×512² + 2×2048×512 at r = 64, against torch's products and the reference backend."""
+    """One GPT block of 4×512² + 2×2048×512 at r = 64, against torch's products and the torch backend."""
     from .optim import OrthDion
 
     shapes = [(512, 512)] * 4 + [(2048, 512), (512, 2048)]
@@ -91,7 +91,7 @@ def _speed() -> Section:
         params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator)
-        return OrthDion(params, rank_fraction=0.125, backend=backend).step  # type: ignore[arg-type]
+        return OrthDion(params, rank_fraction=0.125, backend=backend).step
 
     a, b = (torch.randn(1024, 1024, generator=generator) for _ in range(2))
     rate = 2 * 1024**3 / _seconds(lambda: a @ b, 2.0) / 1e9
@@ -100,6 +100,6 @@ def _speed() -> Section:
         ("torch's float32 products", f"{rate:.0f} GF/s"),
         ("floor of a step at that rate", f"{flops / rate / 1e6:.2f} ms"),
     ]
-    for backend in ("rust", "reference") if rust_core_error() is None else ("reference",):
+    for backend in ("rust", "torch") if rust_core_error() is None else ("torch",):
         rows.append((f"step, {backend}", f"{1e3 * _seconds(block(backend), 3.0):.2f} ms"))
     return Section("speed: one GPT block 512 wide, Orth-Dion at r = 64", rows)

@@ -5,5 +5,6 @@ batches.
 from .compare import compare
 from .config import PRESETS, TrainConfig
 from .loop import train
+from .specs import OptimizerSpec
 
-__all__ = ["PRESETS", "TrainConfig", "compare", "train"]
+__all__ = ["PRESETS", "OptimizerSpec", "TrainConfig", "compare", "train"]

@@ -1,11 +1,11 @@
-"""Several optimizers, or one at several rates, from the same start on the same batches."""
+"""Several optimizers, or one at several learning rates, from the same start on the same batches."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .config import TrainConfig
 from .gpt import GPT
 from .loop import Progress, Result, train
 from .parallel import Parallel
-from .recipes import RECIPES, build
+from .specs import OptimizerSpec, build
 
 __all__ = ["best", "compare", "plot", "report"]
 
@@ -35,23 +35,23 @@ def compare(
     device: str = "cpu",
     watch: Callable[[str], AbstractContextManager[Progress]] | None = None,
 ) -> list[Result]:
-    """Trains once for each optimizer (and rate), in the order given.
+    """Trains once for each optimizer (and learning rate), in the order given.
 
     Args:
-        config: everything but the optimizer and its rate.
-        optimizers: names of recipes.
-        lrs: rates to try for each; None is each recipe's own.
+        config: everything but the optimizer and its learning rate.
+        optimizers: specs (:mod:`.specs`).
+        lrs: learning rates to try for each; None is each spec's own.
         path: as :func:`orthdion.train.train`.
         device: where to train.
         out: a folder; each run writes into one of its own there, and the comparison ``comparison.json`` and ``.png``.
+            An earlier comparison there is replaced.
         watch: called with a run's label, gives a context whose value is called after each step.
 
     Raises:
-        ValueError: an unknown optimizer; none at all.
+        ValueError, TypeError: an unknown optimizer or option; no optimizer at all.
     """
-    unknown = [name for name in optimizers if name not in RECIPES]
-    if unknown or not optimizers:
-        raise ValueError(f"optimizers must be some of {', '.join(RECIPES)}, not {', '.join(unknown) or 'none'}")
+    if not optimizers:
+        raise ValueError("optimizers must name at least one, such as completed-dion; `orthdion list` shows them")
     for name in optimizers:  # every mistake is found before the first run, not after hours of it
         for lr in lrs or (None,):
             build(GPT(2 * config.heads, 1, config.heads, 1), config.with_(optimizer=name, lr=lr))
@@ -60,16 +60,17 @@ def compare(
     results = []
     for name in optimizers:
         for lr in rates:
-            label = name if lr is None else f"{name}-{lr:g}"
-            run = config.with_(optimizer=name, lr=lr)
-            folder = out / label if out else None
-            if watch is None:
-                results.append(train(run, corpus=corpus, out=folder, parallel=Parallel(device=device)))
-                continue
-            with watch(label) as progress:
-                results.append(
-                    train(run, corpus=corpus, out=folder, parallel=Parallel(device=device), progress=progress)
+            spec, suffix = OptimizerSpec.parse(name), "" if lr is None else f"-{lr:g}"
+            with watch(spec.label + suffix) if watch else nullcontext() as progress:
+                run = train(
+                    config.with_(optimizer=name, lr=lr),
+                    corpus=corpus,
+                    out=out / (spec.folder + suffix) if out else None,
+                    overwrite=True,
+                    parallel=Parallel(device=device),
+                    progress=progress,
                 )
+            results.append(run)
     if out is not None:
         text = json.dumps(finite(report(results, corpus.source)), indent=1, allow_nan=False)
         checkpoint.write_atomically(out / "comparison.json", lambda f: f.write(text.encode()))
@@ -78,7 +79,7 @@ def compare(
 
 
 def best(results: Sequence[Result]) -> list[Result]:
-    """The run of lowest validation loss for each optimizer, in order of first appearance."""
+    """The run of lowest validation loss for each spec, in order of first appearance."""
     chosen: dict[str, Result] = {}
     for r in results:
         held = chosen.setdefault(r.config.optimizer, r)
@@ -112,7 +113,7 @@ def finite(value: Any) -> Any:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Validation loss over steps and over time, the best rate of each optimizer, as a PNG."""
+    """Validation loss over steps and over time, the best learning rate of each optimizer, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +122,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, constrained_layout=True)
     for r, colour in zip(best(results), _COLOURS * 3, strict=False):
         losses = [row["validation"] for row in r.history]
-        label = f"{r.config.optimizer}  {r.validation_loss:.3f}"
+        label = f"{OptimizerSpec.parse(r.config.optimizer).label}  {r.validation_loss:.3f}"
         axes[0].plot([row["step"] for row in r.history], losses, color=colour, label=label, linewidth=1.8)
         axes[1].plot([row["seconds"] for row in r.history], losses, color=colour, linewidth=1.8)
     seen = [row["validation"] for r in results for row in r.history if math.isfinite(row["validation"])]

@@ -1,4 +1,4 @@
-"""What a run is: sizes, schedule, seeds. Two runs with equal configurations have equal losses, to the bit."""
+"""What a run is: sizes, schedule, seeds. Runs with equal configurations have equal losses, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TrainConfig:
     """One training run.
 
     A step sees ``accumulate`` micro-batches of ``batch`` sequences of ``context`` bytes. The learning rate rises over
-    ``warmup`` of the steps and then falls to zero along ``schedule``. ``scalar_lr`` drives AdamW on what is no hidden
-    matrix.
+    ``warmup`` of the steps and then falls to zero along ``schedule``. ``optimizer`` is a spec (:mod:`.specs`); ``lr``
+    None is the spec's own, or that of its sweep on the demo. ``scalar_lr`` drives AdamW on what is no hidden matrix.
     """
 
     width: int = 96
@@ -27,7 +27,7 @@ class TrainConfig:
     batch: int = 16
     accumulate: int = 1
     steps: int = 700
-    optimizer: str = "orth-dion-completed"
+    optimizer: str = "completed-dion"
     lr: float | None = None
     scalar_lr: float = 0.01
     weight_decay: float = 0.01

@@ -1,4 +1,4 @@
-"""The training loop: one run, resumable to the bit."""
+"""The training loop: one run, whose resumption is bit-exact."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..optim.lowrank import LowRankOptimizer
+from ..core.optimizer import MatrixOptimizer
+from ..distributed import local
+from ..optim import CurvaDion
 from . import checkpoint, data, sharded
 from .config import TrainConfig, learning_rate
 from .gpt import GPT, loss_of
 from .parallel import ONE, Parallel
-from .recipes import RECIPES, build, notes, state_bytes
+from .specs import OptimizerSpec, build
 
 __all__ = ["Result", "train"]
+
+#: Of one process, and of several.
+_CHECKPOINTS = ("checkpoint.pt", "latest.json")
 
 #: Called after each step with (step, training loss, tokens a second).
 Progress = Callable[[int, float, float], None]
@@ -51,6 +56,7 @@ def train(
     path: str | Path | None = None,
     out: Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     parallel: Parallel = ONE,
     progress: Progress | None = None,
 ) -> Result:
@@ -63,15 +69,19 @@ def train(
         out: a folder for ``checkpoint.pt`` and ``metrics.jsonl``; None writes nothing.
         resume: continue from ``out``'s checkpoint. The rest of the run is the same, bit for bit, as without the break;
             over several processes to rounding, as another number of them or another layout may continue.
+        overwrite: without ``resume``, an earlier run in ``out`` is replaced instead of refused.
         parallel: the device, and how the run is spread over processes.
         progress: called after each step.
 
     Raises:
-        ValueError: unknown optimizer, no usable text, a damaged or different checkpoint.
+        ValueError: unknown optimizer, no usable text, a damaged or different checkpoint, an earlier run in ``out``.
     """
+    if out is not None and not (resume or overwrite) and any((out / name).exists() for name in _CHECKPOINTS):
+        raise ValueError(
+            f"out: {out} holds an earlier run; pass --resume to continue it, another --out, or --overwrite"
+        )
     corpus = corpus or data.load(path, config.context)
-    if config.lr is None and config.optimizer in RECIPES:
-        config = config.with_(lr=RECIPES[config.optimizer].lr)
+    config = config.with_(lr=OptimizerSpec.parse(config.optimizer).lr(config.lr))
     device, alone = parallel.device, parallel.mode is None
     model = parallel.wrap(GPT(config.width, config.layers, config.heads, config.context, config.seed).to(device))
     optimizers = build(model, config)
@@ -79,18 +89,9 @@ def train(
     rows: list[dict[str, Any]] = []
     first = 0
     if resume:
-        if out is None:
-            raise ValueError("resume needs out, the folder of the run to continue")
-        whole = not (out / "latest.json").is_file()
-        state = checkpoint.load(out / "checkpoint.pt") if whole else sharded.load_meta(out)
-        first = _check(state, config, corpus)
-        if whole:
-            sharded.load_whole(state, model, optimizers)
-        else:
-            sharded.load(out, state, model, optimizers)
-        rows = checkpoint.read_metrics(out / "metrics.jsonl", below=first)
+        first, rows = _resume(out, model, optimizers, config, corpus)
     elif out is not None and parallel.rank == 0:
-        for name in ("checkpoint.pt", "latest.json", "metrics.jsonl"):  # a later --resume must not find another run's
+        for name in (*_CHECKPOINTS, "metrics.jsonl"):  # a later --resume must not find another run's
             (out / name).unlink(missing_ok=True)
     before_break = rows[-1]["seconds"] if rows else 0.0
     metrics = _Metrics(out if parallel.rank == 0 else None, rows)
@@ -98,10 +99,10 @@ def train(
     spent = optimizer_time = 0.0
     loss = float("nan")
     for step in range(first, config.steps):
-        began = time.perf_counter()
-        for o, rates in zip(optimizers, base, strict=True):
-            for group, rate in zip(o.param_groups, rates, strict=True):
-                group["lr"] = rate * learning_rate(config, step)
+        began, factor = time.perf_counter(), learning_rate(config, step)
+        for o, lrs in zip(optimizers, base, strict=True):
+            for group, lr in zip(o.param_groups, lrs, strict=True):
+                group["lr"] = lr * factor
         loss = _gradients(model, corpus, config, step, parallel)
         if config.clip > 0:
             _clip(model, optimizers, config.clip, alone)
@@ -116,39 +117,51 @@ def train(
         if progress:
             progress(done, loss, speed)
         if done % config.eval_every == 0 or done == config.steps:
-            validation = _evaluate(model, inputs, targets)
-            metrics.add(
-                {
-                    "step": done,
-                    "loss": loss,
-                    "validation": validation,
-                    "lr": learning_rate(config, step),
-                    "seconds": before_break + spent,
-                    "tokens_per_second": speed,
-                }
-            )
+            seen = {"step": done, "loss": loss, "validation": _evaluate(model, inputs, targets), "lr": factor}
+            metrics.add({**seen, "seconds": before_break + spent, "tokens_per_second": speed})
         if out is not None and (done % config.checkpoint_every == 0 or done == config.steps):
             state = {"step": done, "config": asdict(config), "text": corpus.checksum()}
-            if alone:
-                states = [o.state_dict() for o in optimizers]
-                checkpoint.save(out / "checkpoint.pt", {**state, "model": model.state_dict(), "optimizers": states})
-                (out / "latest.json").unlink(missing_ok=True)  # of several processes, and older
-            else:
-                sharded.save(out, state, model, optimizers)
+            _save(out, state, model, optimizers, alone)
     steps = max(config.steps - first, 1)
     last = metrics.rows[-1] if metrics.rows else {"loss": loss, "validation": _evaluate(model, inputs, targets)}
     return Result(
         config=config,
-        lr=float("nan") if config.lr is None else config.lr,
+        lr=float(optimizers[0].defaults["lr"]),
         train_loss=last["loss"],
         validation_loss=last["validation"],
         tokens_per_second=steps * config.tokens_per_step / spent if spent else 0.0,
         optimizer_ms=1e3 * optimizer_time / steps,
-        state_megabytes=state_bytes(optimizers) / 1e6,
+        state_megabytes=_state_bytes(optimizers) / 1e6,
         skipped=sum(sum(getattr(o, "skipped_steps", {}).values()) for o in optimizers),
         history=metrics.rows,
-        notes=notes(optimizers),
+        notes=_notes(optimizers),
     )
+
+
+def _resume(
+    out: Path | None, model: nn.Module, optimizers: list[Optimizer], config: TrainConfig, corpus: data.Corpus
+) -> tuple[int, list[dict[str, Any]]]:
+    """Loads the checkpoint in ``out``; its step, and the metrics up to there."""
+    if out is None:
+        raise ValueError("resume needs out, the folder of the run to continue")
+    whole = not (out / "latest.json").is_file()
+    state = checkpoint.load(out / "checkpoint.pt") if whole else sharded.load_meta(out)
+    first = _check(state, config, corpus)
+    if whole:
+        sharded.load_whole(state, model, optimizers)
+    else:
+        sharded.load(out, state, model, optimizers)
+    return first, checkpoint.read_metrics(out / "metrics.jsonl", below=first)
+
+
+def _save(out: Path, state: dict[str, Any], model: nn.Module, optimizers: list[Optimizer], alone: bool) -> None:
+    """Adds weights and optimizer states to ``state`` and saves it."""
+    if not alone:
+        sharded.save(out, state, model, optimizers)
+        return
+    states = [o.state_dict() for o in optimizers]
+    checkpoint.save(out / "checkpoint.pt", {**state, "model": model.state_dict(), "optimizers": states})
+    (out / "latest.json").unlink(missing_ok=True)  # of several processes, and older
 
 
 def _gradients(model: nn.Module, corpus: data.Corpus, config: TrainConfig, step: int, parallel: Parallel) -> float:
@@ -165,7 +178,7 @@ def _gradients(model: nn.Module, corpus: data.Corpus, config: TrainConfig, step:
 
 def _clip(model: nn.Module, optimizers: list[Optimizer], most: float, alone: bool) -> None:
     """By the norm of all gradients together, whole or sharded; the mean of replicas' norms where factors are sent."""
-    if not alone and isinstance(optimizers[0], LowRankOptimizer):
+    if not alone and isinstance(optimizers[0], MatrixOptimizer):
         optimizers[0].clip_grad_norm_(most)
     else:
         nn.utils.clip_grad_norm_(model.parameters(), most)
@@ -192,6 +205,32 @@ def _check(state: dict[str, Any], config: TrainConfig, corpus: data.Corpus) -> i
     if state["text"] != corpus.checksum():
         raise ValueError(f"resume: the checkpoint was trained on another text than {corpus.source}; pass its --data")
     return int(state["step"])
+
+
+def _notes(optimizers: list[Optimizer]) -> list[str]:
+    """What optimizers have to say of a run: bytes sent, steps skipped, how often replicas met."""
+    lines = []
+    for o in optimizers:
+        if not isinstance(o, MatrixOptimizer):
+            continue
+        sent = o.communication()
+        if sent.total.bytes:
+            lines.append(f"each process sent {sent.total.bytes / max(sent.steps, 1) / 1e3:,.1f} kB a step by itself")
+        if skipped := sum(o.skipped_steps.values()):
+            lines.append(f"{skipped} steps of single parameters skipped for NaN or infinity")
+        if isinstance(o, CurvaDion):
+            met = o.synchronisation()
+            lines.append(
+                f"{met.synchronised} of {met.steps} steps synchronised, {met.forced} of them by the cap; "
+                f"replicas' weights were up to {met.drift:.1e} of their norm apart"
+            )
+    return lines
+
+
+def _state_bytes(optimizers: list[Optimizer]) -> int:
+    """Bytes of all state tensors, on this rank."""
+    states = (local(t) for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor))
+    return sum(t.numel() * t.element_size() for t in states)
 
 
 class _Metrics:

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
-from ..optim.states import Spec
-from ..sharding import ALONE, is_dtensor, place
+from ..core.states import Spec
+from ..distributed import is_dtensor, place
+from ..requests import ALONE
 from .checkpoint import write_atomically
 
 __all__ = ["load", "load_meta", "load_whole", "save"]
