@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
+import my_rules  # noqa: F401  # registers them
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,23 +15,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import orthdion
-from orthdion.sharding import communicator, local
+from orthdion.distributed import collectives, local
 
 __all__ = [
     "LAYOUTS",
     "Replicate",
     "Shard",
+    "build",
+    "copies_agree",
+    "distance",
     "errors",
     "full",
     "gradient",
     "local",
     "mesh",
     "randn",
+    "replaced",
     "same_on_all",
     "sharded",
 ]
 
-#: name → (mesh shape, placements, which mesh dimension has gradients of its own)
+#: name → (mesh shape, placements)
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
     "fsdp": ((-1,), (Shard(0),)),
     "columns": ((-1,), (Shard(1),)),
@@ -40,6 +45,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
     "both on rows": ((2, -1), (Shard(0), Shard(0))),
     "hsdp": ((2, -1), (Replicate(), Shard(0))),
 }
+#: Those in which ranks hold copies of the same weights.
+COPIES = ("replicated", "hsdp")
 _LOCAL: dict[str, Any] = (
     {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
 )
@@ -65,7 +72,7 @@ def randn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 @cache
 def signal(shape: tuple[int, ...], i: int) -> Tensor:
     """(…, m, n) of a third of full rank; vectors are random."""
-    if len(shape) < 2:
+    if len(shape) < 2 or 0 in shape:
         return randn(*shape, seed=i, dtype=torch.float64)
     m, n = shape[-2], shape[-1]
     r = max(1, min(m, n) // 3)
@@ -89,74 +96,157 @@ def full(t: Tensor) -> Tensor:
     return t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
 
 
-def single(shapes, steps, replicas, dtype, kind="OrthDion", start=0, **options):
-    """Weights, momenta and Q of one process with averaged gradients."""
+def build(params: Any, options: dict[str, Any], **more: Any) -> Any:
+    """The optimizer that ``options["optimizer"]`` names; OrthDion if it names none, or with a residual CompletedDion."""
+    options = {"lr": 0.05, "weight_decay": 0.1, **options, **more}
+    completed = {"residual", "residual_scale", "nesterov"} & options.keys()
+    name = options.pop("optimizer", "completed-dion" if completed else "orth-dion")
+    return orthdion.create(name, params, **options)
+
+
+Parts = list[Tensor]
+States = list[dict[str, Tensor]]
+
+
+@cache
+def single(
+    shapes: tuple[tuple[int, ...], ...], steps: int, replicas: int, dtype: torch.dtype, options: tuple[Any, ...]
+) -> tuple[Parts, States]:
+    """Weights and states of one process with averaged gradients. Many layouts are held to one of these."""
     params = [torch.nn.Parameter(randn(*s, seed=5 + i, dtype=dtype)) for i, s in enumerate(shapes)]
-    o = getattr(orthdion, kind)(params, lr=0.05, weight_decay=0.1, **options)
-    for k in range(start, steps):
+    o = build(params, dict(options))
+    for k in range(steps):
         for i, p in enumerate(params):
             p.grad = sum(gradient(shapes[i], k, i, r, dtype) for r in range(replicas)) / replicas
         o.step()
-    return params, o
+    return [p.detach() for p in params], [dict(o.state[p]) for p in params]
 
 
-def errors(params: list[Tensor], expected: list[Tensor]) -> float:
-    return max(
-        float((full(p) - full(q)).norm() / full(q).norm().clamp_min(1e-30))
-        for p, q in zip(params, expected, strict=True)
-    )
+def reference(
+    shapes: list[tuple[int, ...]], steps: int, replicas: int, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[Parts, States]:
+    """:func:`single`, which is computed once for each choice of arguments."""
+    return single(tuple(shapes), steps, replicas, dtype, tuple(sorted(options.items())))
+
+
+def distance(t: Tensor, expected: Tensor, least: float = 1e-30) -> float:
+    """How far this rank's part of a tensor is from its part of the whole that is expected, relative to that's norm, or
+    to ``least`` if that is more.
+    """
+    assert t.shape == expected.shape, (t.shape, expected.shape)
+    part = expected
+    if isinstance(t, DTensor):
+        part = local(sharded(expected.detach(), t.device_mesh, t.placements))
+    here = local(t.detach())
+    assert here.shape == part.shape, (here.shape, part.shape)
+    return float((here - part).double().norm() / expected.double().norm().clamp_min(least))
+
+
+def errors(params: Parts, expected: Parts) -> float:
+    """The largest :func:`distance`."""
+    return max(distance(p, q) for p, q in zip(params, expected, strict=True))
+
+
+def state_errors(found: States, expected: States) -> float:
+    """The largest :func:`distance` of any state; the same states are there.
+
+    A momentum is held to the size of gradients, of which it may keep nothing but rounding.
+    """
+    worst = 0.0
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, t in theirs.items():
+            worst = max(worst, distance(mine[name], t, 1.0 if name == "momentum" else 1e-30))
+    return worst
+
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def same_on_all(tensors: list[Tensor], group: Any = None) -> bool:
-    """Whether all ranks have the same bits."""
-    flat = torch.cat([t.detach().double().flatten() for t in tensors])
-    low, high = flat.clone(), flat.clone()
+    """Whether all ranks of a group have the same bits."""
+    flat = [t.detach().contiguous().view(_BITS[t.element_size()]).flatten().to(torch.int64) for t in tensors]
+    low = torch.cat(flat)
+    high = low.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
     return bool((low == high).all())
 
 
-def spread(factorizations: bool) -> None:
+def copies_agree(tensors: list[Tensor], group: Any = None) -> bool:
+    """Whether the ranks that hold the same part of a tensor have the same bits of it. ``group``: more copies."""
+    good = True
+    for t in tensors:
+        groups = [] if group is None else [group]
+        if isinstance(t, DTensor):
+            groups += [t.device_mesh.get_group(d) for d, at in enumerate(t.placements) if at.is_replicate()]
+        good &= all([same_on_all([local(t.detach())], g) for g in groups])
+    return good
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Any:
+    """While it lasts, ``owner.name`` is ``value``."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def spread(factorizations: bool) -> Any:
     """Whether ranks share out factorizations, which for matrices as small as these would not be worth it."""
-    communicator._WORTH = 0 if factorizations else 2**28
+    return replaced(collectives, "WORTH", 0 if factorizations else 2**28)
 
 
 def layout_equals_one_process(layout: str, shapes, steps, dtype, options) -> tuple[float, bool, Any]:
-    """Relative error of the weights, whether whole weights are the same bits on all ranks, and what was sent."""
-    spread(dtype == torch.float64)
+    """Relative error of weights and states, whether copies are the same bits, and what was sent."""
     shape, placements = LAYOUTS[layout]
     where = mesh(shape)
     params = [
         torch.nn.Parameter(sharded(randn(*s, seed=5 + i, dtype=dtype), where, placements)) for i, s in enumerate(shapes)
     ]
-    o = orthdion.OrthDion(params, lr=0.05, weight_decay=0.1, **options)
-    for k in range(steps):
-        for i, p in enumerate(params):
-            p.grad = sharded(gradient(shapes[i], k, i, 0, dtype), where, placements)
-        o.step()
-    expected, _ = single(shapes, steps, 1, dtype, **options)
-    return errors(params, expected), same_on_all([full(p) for p in params]), o.communication()
+    o = build(params, options)
+    with spread(dtype == torch.float64):
+        for k in range(steps):
+            for i, p in enumerate(params):
+                p.grad = sharded(gradient(shapes[i], k, i, 0, dtype), where, placements)
+            o.step()
+    weights, states = reference(shapes, steps, 1, dtype, options)
+    found = [dict(o.state[p]) for p in params]
+    error = max(errors(params, weights), state_errors(found, states))
+    return error, copies_agree([*params, *(t for s in found for t in s.values())]), o.communication()
 
 
 def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> tuple[float, bool, Any]:
-    """The same for replicas with gradients of their own: plain tensors, or sharded over a second mesh dimension."""
-    spread(dtype == torch.float64)
+    """The same for replicas with gradients of their own: plain tensors, or sharded over a second mesh dimension.
+
+    Where factors are averaged momenta differ between replicas, until they are averaged for a checkpoint.
+    """
     where = mesh((2, -1))
     replica = where.get_local_rank(0) if hybrid else dist.get_rank()
     count = 2 if hybrid else dist.get_world_size()
     group = where["axis0"] if hybrid else dist.group.WORLD
+    handle = where.get_group(0) if hybrid else dist.group.WORLD
 
     def place(t: Tensor) -> Tensor:
         return sharded(t, where["axis1"], (Shard(0),)) if hybrid else t
 
     params = [torch.nn.Parameter(place(randn(*s, seed=5 + i, dtype=dtype))) for i, s in enumerate(shapes)]
-    o = orthdion.OrthDion(params, lr=0.05, weight_decay=0.1, replicate_mesh=group, **options)
-    for k in range(steps):
-        for i, p in enumerate(params):
-            p.grad = place(gradient(shapes[i], k, i, replica, dtype))
-        o.step()
-    expected, _ = single(shapes, steps, count, dtype, **options)
-    return errors(params, expected), same_on_all([full(p) for p in params]), o.communication()
+    o = build(params, options, replicate_mesh=group)
+    with spread(dtype == torch.float64):
+        for k in range(steps):
+            for i, p in enumerate(params):
+                p.grad = place(gradient(shapes[i], k, i, replica, dtype))
+            o.step()
+    agree = copies_agree([*params, *(s["Q"] for s in o.state.values() if "Q" in s)], handle)
+    sent = o.communication()
+    o.synchronize_for_checkpoint()
+    weights, states = reference(shapes, steps, count, dtype, options)
+    found = [dict(o.state[p]) for p in params]
+    agree &= copies_agree([t for s in found for t in s.values()], handle)
+    return max(errors(params, weights), state_errors(found, states)), agree, sent
 
 
 #: shape, group keys, placement
@@ -173,13 +263,14 @@ SPECIAL: list[tuple[tuple[int, ...], dict[str, Any], Any]] = [
     ((12, 10), {"row_blocks": 3}, Shard(1)),
     ((9,), {"algorithm": "adamw"}, Shard(0)),
     ((7, 3), {"algorithm": "lion"}, Shard(0)),
+    ((6, 3), {"algorithm": "adamw"}, Shard(1)),
     ((5, 0), {"algorithm": "lion"}, Shard(0)),
     ((0, 5), {}, Shard(0)),
 ]
 
 
 def special_shapes(options: dict[str, Any]) -> list[float]:
-    """Relative errors of stacks, convolutions, fused blocks and vectors, weights and Q, after a few steps."""
+    """Relative errors of stacks, convolutions, fused blocks and vectors, weights and states, after a few steps."""
     where, dtype = mesh((-1,)), torch.float64
     whole = [torch.nn.Parameter(randn(*s, seed=5 + i, dtype=dtype)) for i, (s, _, _) in enumerate(SPECIAL)]
     parts = [
@@ -188,23 +279,20 @@ def special_shapes(options: dict[str, Any]) -> list[float]:
     both = []
     for params in (whole, parts):
         groups = [{"params": [p], **keys} for p, (_, keys, _) in zip(params, SPECIAL, strict=True)]
-        both.append(orthdion.OrthDion(groups, lr=0.05, rank_fraction=0.5, **options))
+        both.append(build(groups, options))
     for k in range(5):
         for i, (shape, _, at) in enumerate(SPECIAL):
             g = randn(*shape, seed=1000 * k + i, dtype=dtype)
             whole[i].grad, parts[i].grad = g, sharded(g, where, (at,))
         for o in both:
             o.step()
-    result = []
-    for p, q in zip(parts, whole, strict=True):
-        result.append(errors([p], [q]) if p.numel() else 0.0)
-        if "Q" in both[0].state[q] and p.numel():
-            assert full(both[1].state[p]["Q"]).shape == both[0].state[q]["Q"].shape
-            result.append(errors([both[1].state[p]["Q"]], [both[0].state[q]["Q"]]))
-    return result
+    return [
+        max(distance(p, q), state_errors([both[1].state[p]], [both[0].state[q]]))
+        for p, q in zip(parts, whole, strict=True)
+    ]
 
 
-def strided_shards() -> float:
+def strided_shards(options: dict[str, Any]) -> float:
     """FSDP over tensor parallel on one axis (_StridedShard), with rows that do not divide evenly."""
     from torch import nn
     from torch.distributed.fsdp import fully_shard
@@ -219,9 +307,7 @@ def strided_shards() -> float:
     fully_shard(model, mesh=grid["axis0"], reshard_after_forward=True)
     assert any(type(s).__name__ == "_StridedShard" for p in model.parameters() for s in p.placements)
     both = [
-        orthdion.OrthDion(
-            [{"params": [p], "algorithm": "dion" if p.ndim == 2 else "adamw"} for p in m.parameters()], lr=0.05
-        )
+        build([{"params": [p], "algorithm": "matrix" if p.ndim == 2 else "adamw"} for p in m.parameters()], options)
         for m in (whole, model)
     ]
     for k in range(6):
@@ -230,9 +316,14 @@ def strided_shards() -> float:
             y = m(randn(4, 10, seed=k, dtype=torch.float64))
             y.square().sum().backward()
             o.step()
-    saved = {k: full(v) for s in both[1].state_dict()["state"].values() for k, v in s.items() if k == "Q"}
-    assert saved["Q"].shape == next(s["Q"] for s in reversed(list(both[0].state.values())) if "Q" in s).shape
-    return max(errors([p], [q]) for p, q in zip(model.parameters(), whole.parameters(), strict=True))
+    worst = 0.0
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        found, expected = ({"weight": x, **o.state[x]} for x, o in ((p, both[1]), (q, both[0])))
+        assert found.keys() == expected.keys()
+        for name, t in expected.items():
+            assert full(found[name]).shape == t.shape
+            worst = max(worst, float((full(found[name]) - t.detach()).norm() / t.detach().norm()))
+    return worst
 
 
 def options_in_both(options: dict[str, Any]) -> tuple[float, list[Any], list[Any]]:
@@ -245,7 +336,7 @@ def options_in_both(options: dict[str, Any]) -> tuple[float, list[Any], list[Any
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 24))
         layout(model)
-        o = orthdion.OrthDion(orthdion.param_groups(model), lr=0.02, **options)
+        o = build(orthdion.param_groups(model), {"lr": 0.02, "weight_decay": 0.01, **options})
         for k in range(3):
             o.zero_grad()
             model(randn(8, 24, seed=k, dtype=torch.float32)).square().mean().backward()
@@ -276,6 +367,7 @@ def another_rank_loads() -> list[tuple[int, ...]]:
         large.step()
         other.step()
     assert errors([p], [plain]) < 1e-10
+    assert state_errors([large.state[p]], [other.state[plain]]) < 1e-10
     return [*shapes, tuple(large.state[p]["Q"].shape)]
 
 

@@ -11,7 +11,10 @@ import traceback
 from datetime import timedelta
 from typing import Any
 
-SECONDS = 40
+#: For a case, and for every rank to come up on a busy machine.
+SECONDS, START_SECONDS = 40, 180
+#: What the processes have imported before they are forked off: once for all worlds of a session.
+_PRELOADED = ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch.nn.parallel", "orthdion"]
 
 
 def serve(rank: int, size: int, file: str, pipe: Any) -> None:
@@ -24,6 +27,7 @@ def serve(rank: int, size: int, file: str, pipe: Any) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     store = dist.FileStore(file, size)
     dist.init_process_group("gloo", rank=rank, world_size=size, store=store, timeout=timedelta(seconds=SECONDS))
+    pipe.send((True, "ready"))
     while True:
         try:
             module, name, args = pipe.recv()
@@ -40,7 +44,8 @@ class World:
     """``size`` processes with one process group."""
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         self._file = os.path.join(tempfile.mkdtemp(), "store")
         self._pipes, self.processes = [], []
         for rank in range(size):
@@ -49,6 +54,7 @@ class World:
             process.start()
             self._pipes.append(ours)
             self.processes.append(process)
+        self.receive(START_SECONDS)
 
     def run(self, case: Any, *args: Any) -> list[Any]:
         """``case(*args)`` on every rank; what each returned, or an AssertionError with every rank's traceback."""
@@ -60,12 +66,12 @@ class World:
         for pipe in self._pipes:
             pipe.send((case.__module__, case.__name__, args))
 
-    def receive(self) -> list[Any]:
+    def receive(self, seconds: float = SECONDS) -> list[Any]:
         """Waits for what :meth:`send` has started."""
         results, errors = [], []
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(SECONDS):
-                errors.append(f"rank {rank}: no answer within {SECONDS} s")
+            if not pipe.poll(seconds):
+                errors.append(f"rank {rank}: no answer within {seconds} s")
                 continue
             try:
                 good, value = pipe.recv()
