@@ -1,4 +1,4 @@
-"""Buckets: matrices of one shape, format and layout, stepped in common launches; and how they are cut to fit the cache.
+"""Buckets: blends of one shape, format and layout, for common launches; and how they are cut to fit the cache.
 
 A matrix is seen as it lies in memory, row-major with some pitch, and whether that is B or Bᵀ (``turned``: wide weights
 are processed transposed). Views that lie in no such way are copied, and copied back.
@@ -6,19 +6,72 @@ are processed transposed). Views that lie in no such way are copied, and copied 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...optim.step import Matrix, Options
+from ...requests import Blend
 from .arguments import MATRICES, TYPES, addresses, pack
 
-__all__ = ["Bucket", "Slab", "buckets"]
+__all__ = ["Bucket", "Lying", "Slab", "batch", "lying"]
 
 #: Entries of one matrix that a thread block handles; panels are whole multiples of its sides.
 _TILE_ROWS, _TILE_COLS = 32, 128
+
+
+def batch(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one contiguous [matrix, …]: a view where they lie side by side already, as the parts of
+    an earlier batch or of a collective's buffer do, else a copy.
+    """
+    first = tensors[0]
+    size, start = first.numel(), first.data_ptr()
+    step, storage = size * first.element_size(), first.untyped_storage().data_ptr()
+    for k, t in enumerate(tensors):
+        if t.data_ptr() != start + k * step or not t.is_contiguous() or t.untyped_storage().data_ptr() != storage:
+            return torch.stack(list(tensors))
+    strides = [math.prod(first.shape[i + 1 :]) for i in range(first.ndim)]
+    return first.as_strided((len(tensors), *first.shape), (size, *strides), first.storage_offset())
+
+
+@dataclass(slots=True, eq=False)
+class Lying:
+    """A blend as it lies in memory; kept on it (``Blend.formed``) as long as its step lasts.
+
+    Attributes:
+        turned: memory holds the transposed matrices.
+        x: X as it lies; None if it must be copied.
+        m, g: M and G as they lie, or copies.
+        key: what blends in one launch have in common.
+        q: the Q that it was sketched with, in a batch.
+        energies: sums of B's squares along rows and down columns, where a pass has taken them on its way.
+    """
+
+    turned: bool
+    x: Tensor | None
+    m: Tensor
+    g: Tensor
+    key: Hashable
+    q: Tensor | None = None
+    energies: tuple[Tensor, Tensor] | None = None
+
+
+def lying(b: Blend) -> Lying:
+    """How a blend lies."""
+    if isinstance(b.formed, Lying):
+        return b.formed
+    w = b.w
+    x = _lies(w.x, False)
+    turned = x is None and _lies(w.x, True) is not None
+    x = _lies(w.x, True) if turned else x
+    m, g = (_lies(t, turned) for t in (b.m, w.g))
+    m, g = ((t.T if turned else t).contiguous() if at is None else at for t, at in ((b.m, m), (w.g, g)))
+    formats = (w.x.dtype, 0 if x is None else _pitch(x), m.dtype, _pitch(m), g.dtype, _pitch(g))
+    key = (w.x.device, b.shape, turned, formats, w.precision, b.cm, b.cg)
+    b.formed = found = Lying(turned, x, m, g, key)
+    return found
 
 
 @dataclass(frozen=True)
@@ -46,40 +99,42 @@ class Slab:
         return self.stop - self.start
 
 
-@dataclass
 class Bucket:
-    """Same matrices: X, M, G as they lie, (n, m) where ``turned`` and (m, n) otherwise; Q (n, r)."""
+    """Same matrices, at most 64: M, G and (to be written) X as they lie, (n, m) where ``turned`` and (m, n) otherwise.
 
-    index: list[int]
-    x: list[Tensor]
-    m: list[Tensor]
-    g: list[Tensor]
-    q: list[Tensor]
-    options: Options
-    scale: float
-    turned: bool
-    copied: list[tuple[Tensor, Tensor]]
+    Attributes:
+        blend: ``(c, e, sign)`` of B = c·M⁺ + e·sign·G with M⁺ = M + sign·G.
+    """
+
+    def __init__(self, blends: Sequence[Blend], written: bool = False) -> None:
+        seen, first = [lying(b) for b in blends], blends[0]
+        self.turned, self.shape, self.where = seen[0].turned, first.shape, first.w.x.device
+        self.blend = (first.cm, abs(first.cg) - first.cm, math.copysign(1.0, first.cg))
+        self.m, self.g = [at.m for at in seen], [at.g for at in seen]
+        self.x: list[Tensor] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []
+        if written:
+            for b, at in zip(blends, seen, strict=True):
+                self.x.append(self._written(b.w.x, at.x))
+                self._written(b.m, at.m)
+
+    def _written(self, t: Tensor, at: Tensor | None) -> Tensor:
+        """What to write to in place of a tensor, if that lies in no way to be written to."""
+        view = t.T if self.turned else t
+        if at is None:
+            at = view.contiguous()
+        if at.data_ptr() != view.data_ptr():
+            self._copied.append((view, at))
+        return at
 
     @property
     def count(self) -> int:
         """How many matrices."""
-        return len(self.x)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(m, n, r)``"""
-        rows, cols = self.x[0].shape
-        n, r = self.q[0].shape
-        return (cols if self.turned else rows), n, r
-
-    @property
-    def spare(self) -> int:
-        """Directions that rank r leaves to the tail."""
-        return min(self.x[0].shape) - self.q[0].shape[1]
+        return len(self.m)
 
     def slabs(self, entries: int) -> Iterator[Slab]:
         """Cuts the bucket into parts of at most about so many entries: whole matrices, or rows of one."""
-        m, n, _ = self.shape
+        m, n = self.shape
         if m * n <= entries:
             together = min(entries // (m * n), MATRICES)
             for start in range(0, self.count, together):
@@ -90,36 +145,24 @@ class Bucket:
             for first in range(0, m, step):
                 yield Slab(k, k + 1, first, min(first + step, m))
 
-    def place(self, s: Slab, ahead: bool = True) -> bytes:
-        """The struct ``Place`` of a slab; ``ahead``: B looks ahead where the options say so."""
-        _, n, _ = self.shape
-        rows = s.last - s.first
+    def place(self, s: Slab) -> bytes:
+        """The struct ``Place`` of a slab."""
+        n, rows = self.shape[1], s.last - s.first
         corner = (0, s.first, n, rows) if self.turned else (s.first, 0, rows, n)
-        x, m, g, o = self.x[0], self.m[0], self.g[0], self.options
-        return pack(
-            *corner,
-            self.turned,
-            TYPES[x.dtype],
-            TYPES[m.dtype],
-            TYPES[g.dtype],
-            _pitch(x),
-            _pitch(m),
-            _pitch(g),
-            -1.0 if o.kappa is None or not ahead else o.kappa,
-            -1.0 if o.maximize else 1.0,
-        )
+        lists = (self.x or self.m, self.m, self.g)
+        formats = [TYPES[ts[0].dtype] for ts in lists]
+        return pack(*corner, self.turned, *formats, *(_pitch(ts[0]) for ts in lists), *self.blend)
 
     def grid(self, s: Slab) -> tuple[int, int, int]:
         """Of the kernels that pass over a slab."""
-        _, n, _ = self.shape
-        rows, cols = (n, s.last - s.first) if self.turned else (s.last - s.first, n)
+        n, m = self.shape[1], s.last - s.first
+        rows, cols = (n, m) if self.turned else (m, n)
         return -(-cols // _TILE_COLS), -(-rows // _TILE_ROWS), s.count
 
     def block(self, s: Slab, dtype: torch.dtype) -> Tensor:
         """Room for a slab's entries, as they lie."""
-        _, n, _ = self.shape
-        rows = s.last - s.first
-        return torch.empty(s.count, *((n, rows) if self.turned else (rows, n)), dtype=dtype, device=self.x[0].device)
+        n, rows = self.shape[1], s.last - s.first
+        return torch.empty(s.count, *((n, rows) if self.turned else (rows, n)), dtype=dtype, device=self.where)
 
     def upright(self, block: Tensor) -> Tensor:
         """A block as rows of B."""
@@ -135,7 +178,7 @@ class Bucket:
 
     def write_back(self) -> None:
         """Copies what had to be copied into the tensors that it was made from."""
-        for view, copy in self.copied:
+        for view, copy in self._copied:
             view.copy_(copy)
 
 
@@ -150,49 +193,3 @@ def _lies(t: Tensor, turned: bool) -> Tensor | None:
     if (col == 1 or t.shape[1] == 1) and (row >= t.shape[1] or t.shape[0] == 1):
         return t
     return None
-
-
-def buckets(matrices: Sequence[tuple[Matrix, Options]], factor_bytes: int) -> list[Bucket]:
-    """Groups matrices by all that a launch has in common; at most 64 each, P, R, V and their like of a bucket and its
-    Gram matrices within ``factor_bytes`` where it has more than one.
-    """
-    made: dict[tuple[object, ...], list[Bucket]] = {}
-    for i, (matrix, o) in enumerate(matrices):
-        if 0 in (*matrix.shape, matrix.q.shape[1]):
-            continue
-        turned = _lies(matrix.x, False) is None and _lies(matrix.x, True) is not None
-        copied: list[tuple[Tensor, Tensor]] = []
-        lying = []
-        for k, view in enumerate((matrix.x, matrix.m, matrix.g)):
-            as_is = _lies(view, turned)
-            if as_is is None:
-                as_is = (view.T if turned else view).contiguous()
-                if k < 2:
-                    copied.append((view.T if turned else view, as_is))
-            lying.append(as_is)
-        x, m, g = lying
-        key = (
-            id(o),
-            matrix.scale,
-            turned,
-            tuple(x.shape),
-            matrix.q.shape[1],
-            matrix.q.stride(),
-            matrix.q.dtype,
-            *((t.dtype, _pitch(t)) for t in lying),
-        )
-        (rows, cols), rank = matrix.x.shape, matrix.q.shape[1]
-        most, chain = _most(rows, cols, rank, factor_bytes), made.setdefault(key, [])
-        if not chain or chain[-1].count == most:
-            chain.append(Bucket([], [], [], [], [], o, matrix.scale, turned, []))
-        b = chain[-1]
-        b.index.append(i)
-        for members, t in ((b.x, x), (b.m, m), (b.g, g), (b.q, matrix.q)):
-            members.append(t)
-        b.copied.extend(copied)
-    return [b for chain in made.values() for b in chain]
-
-
-def _most(m: int, n: int, r: int, factor_bytes: int) -> int:
-    each = 4 * (3 * m + 6 * n) * r + 8 * 8 * r * r
-    return max(1, min(MATRICES, factor_bytes // each))

@@ -3,53 +3,63 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...optim.elementwise import Rule
+from ...requests import Deferred, Elementwise, Matrix, Outcome, Report
 from .arguments import MATRICES, TYPES, pack
 from .device import Device, device_for
-from .pending import note
 
-__all__ = ["elementwise_step"]
+__all__ = ["elementwise"]
 
 _CHUNK = 4096
 
 
-def elementwise_step(tensors: Sequence[tuple[tuple[Tensor, ...], Rule]], slots: Sequence[Tensor]) -> None:
-    """AdamW (X, G, M, V) or Lion (X, G, M) on 2-D views in place. A tensor whose gradient holds NaN or infinity is left
-    alone and its slot set to 1; the others' ``rule.counter`` advances.
+def elementwise(matrices: Sequence[Matrix], forms: Sequence[Elementwise], kept: dict[Any, Any]) -> list[Outcome]:
+    """The step of each matrix in place (docs/algorithms.md, 6), by [lr, weight_decay] on the device (``rates``). One
+    whose gradient holds NaN or infinity is left alone and its flag set; counters of the others advance there.
     """
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for i, (views, rule) in enumerate(tensors):
-        if views[0].numel():
-            assert rule.hyper is not None
-            # The numbers of a group are one tensor; beyond them only formats must agree.
-            key = (rule.hyper.data_ptr(), rule.algorithm, *(t.dtype for t in views))
+    outcomes: list[Outcome] = [Report()] * len(matrices)
+    groups: dict[Hashable, list[int]] = {}
+    for i, (w, form) in enumerate(zip(matrices, forms, strict=True)):
+        if w.x.numel():
+            assert w.rates is not None, "steps of this backend read learning rates on the device"
+            numbers = (form.rule, form.beta1, form.beta2, form.epsilon, form.maximize)
+            key = (w.rates.data_ptr(), numbers, *(t.dtype for t in _views(w, form)))
             groups.setdefault(key, []).append(i)
     if not groups:
-        return
-    device = device_for(tensors[0][0][0].device)
-    written: list[Tensor] = []
+        return outcomes
+    device, where = device_for(matrices[0].x.device), matrices[0].x.device
+    nothing = torch.zeros((), dtype=torch.int32, device=where)
     with device.active():
         for members in groups.values():
             for start in range(0, len(members), MATRICES):
                 part = members[start : start + MATRICES]
-                _launch(device, [tensors[i] for i in part], [slots[i] for i in part])
-    for views, _ in tensors:
-        written.extend(t for k, t in enumerate(views) if k != 1)
+                flags = _launch(device, [matrices[i] for i in part], forms[part[0]])
+                for i, flag in zip(part, flags.unbind(0), strict=True):
+                    outcomes[i] = Deferred(flag, nothing)
+    written = [t for w, form in zip(matrices, forms, strict=True) for k, t in enumerate(_views(w, form)) if k != 1]
     torch.autograd.graph.increment_version(written)
+    return outcomes
 
 
-def _launch(device: Device, tensors: list[tuple[tuple[Tensor, ...], Rule]], slots: list[Tensor]) -> None:
+def _views(w: Matrix, form: Elementwise) -> tuple[Tensor, ...]:
+    """X, G, M, and AdamW's V."""
+    views = (w.x, w.g, w.state["momentum"])
+    return views if form.rule == "lion" else (*views, w.state["variance"])
+
+
+def _launch(device: Device, matrices: list[Matrix], form: Elementwise) -> Tensor:
+    """Steps up to 64 tensors of one form; the flags of those that were left alone."""
     copied: list[tuple[Tensor, Tensor]] = []
     lists: list[list[int]] = [[], [], [], [], []]
-    entries, chunks = [], [0]
+    entries, chunks = list[int](), [0]
     keep_alive = []
-    for views, rule in tensors:
-        for k, t in enumerate(views):
+    for w in matrices:
+        for k, t in enumerate(_views(w, form)):
             if not t.is_contiguous():
                 dense = t.contiguous()
                 keep_alive.append(dense)
@@ -57,32 +67,24 @@ def _launch(device: Device, tensors: list[tuple[tuple[Tensor, ...], Rule]], slot
                     copied.append((t, dense))
                 t = dense
             lists[k].append(t.data_ptr())
-        if len(views) == 3:
+        if form.rule == "lion":
             lists[3].append(0)
-        lists[4].append(0 if rule.counter is None else rule.counter.data_ptr())
-        entries.append(views[0].numel())
+        lists[4].append(w.state["step"].data_ptr() if "step" in w.state else 0)
+        entries.append(w.x.numel())
         chunks.append(chunks[-1] + -(-entries[-1] // _CHUNK))
-    packed = _tensors(lists, entries, chunks)
-    first, rule = tensors[0]
-    lion = rule.algorithm == "lion"
-    shared = pack(
-        rule.hyper,
-        float(rule.beta1),
-        float(rule.beta2),
-        float(rule.epsilon),
-        -1.0 if rule.maximize else 1.0,
-        lion,
-        *(TYPES[t.dtype] for t in first[:3]),
-    )
-    flags = torch.zeros(len(tensors), dtype=torch.int32, device=first[0].device)
+    packed, first = _tensors(lists, entries, chunks), matrices[0]
+    lion, sign = form.rule == "lion", -1.0 if form.maximize else 1.0
+    numbers = (float(form.beta1), float(form.beta2), float(form.epsilon), sign, lion)
+    shared = pack(first.rates, *numbers, *(TYPES[t.dtype] for t in _views(first, form)[:3]))
+    flags = torch.zeros(len(matrices), dtype=torch.int32, device=first.x.device)
     device.launch("find_bad", (chunks[-1],), 256, packed, shared, flags)
-    corrections = torch.empty(len(tensors), 2, dtype=torch.float64, device=flags.device)
+    corrections = torch.empty(len(matrices), 2, dtype=torch.float64, device=flags.device)
     if not lion:
         device.launch("advance", (1,), 64, packed, shared, flags, corrections)
     device.launch("elementwise", (chunks[-1],), 256, packed, shared, flags, corrections)
-    note(device, flags, 1, slots)
     for t, dense in copied:
         t.copy_(dense)
+    return flags
 
 
 def _tensors(lists: list[list[int]], entries: list[int], chunks: list[int]) -> bytes:

@@ -15,21 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import operand, pack
+from .arguments import operand
 from .device import Device
-from .products import (
-    ALL_NULL,
-    SKIP,
-    SOME_NULL,
-    SYMMETRIC,
-    UPPER_A,
-    UPPER_B,
-    UPPER_C,
-    When,
-    multiply,
-)
+from .products import SYMMETRIC, UPPER_A, UPPER_B, UPPER_C, When, multiply
 
-__all__ = ["Factor", "complete", "orthonormalize", "polar", "quintics"]
+__all__ = ["GATE", "Factored", "complete", "orthonormalize", "polar", "quintics", "triangles"]
 
 #: Condition up to which one Cholesky QR of single-precision data is orthonormal to single precision: κ²·2⁻⁵³ < 2⁻²⁴/8².
 GATE = 2.0**14.5 / 8.0
@@ -38,12 +28,11 @@ _BOUNDS = 4
 
 
 @dataclass(frozen=True)
-class Factor:
-    """``A = V T`` of a batch: V (n, r), T and its inverse S (r, r) double, null flags (r), norm bounds."""
+class Factored:
+    """``A = V T`` of a batch: V (n, r), T (r, r) double, null flags (r), norm bounds."""
 
     v: Tensor
     t: Tensor
-    s: Tensor
     null: Tensor
     bounds: Tensor
 
@@ -52,28 +41,24 @@ def triangles(
     device: Device,
     gram: Tensor,
     tol: float,
-    flags: Tensor,
-    numbers: Tensor,
     *,
-    mask: int = 0,
-    again: int = 0,
-    direct: tuple[float, int] = (float("inf"), 0),
-    null_flags: bool = False,
+    due: Tensor | None = None,
+    gate: tuple[float, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(T, S, null, bounds)`` with ``TᵀT = gram`` (destroyed) and S = T⁻¹, without null directions.
+    """``(T, S, null, bounds)`` with ``TᵀT = gram`` (destroyed) and S = T⁻¹, without null directions; what is below the
+    diagonals of T and S is left as it is.
 
-    ``mask``: only of matrices with that flag. ``again`` is raised beyond :data:`GATE`; ``direct[1]`` where the norm of
-    the equilibrated inverse, which amplifies rounding in what S is multiplied with, exceeds ``direct[0]``.
+    ``due``: only of matrices whose flag is 1. ``gate``: a condition, and the flags that are set to 1 beyond it.
     """
     count, r = gram.shape[:2]
-    new, where = gram.new_empty, When.has(flags, mask) if mask else When()
+    new, where, mask = gram.new_empty, _only(due), 0 if due is None else 1
     t, s, diagonal, least = new(count, r, r), new(count, r, r), new(count, r), new(count, r)
     null = torch.empty(count, r, dtype=torch.int32, device=gram.device)
     bounds = new(count, _BOUNDS)
-    device.launch("equilibrate", (count,), 256, gram, diagonal, least, r, tol, flags, mask)
+    device.launch("equilibrate", (count,), 256, gram, diagonal, least, r, tol, due, mask)
     g, top, inverse = operand(gram), operand(t), operand(s)
     for j in range(0, r, _TILE):
-        device.launch("cholesky_tile", (count,), 256, gram, t, s, null, least, r, j, flags, mask)
+        device.launch("cholesky_tile", (count,), 256, gram, t, s, null, least, r, j, due, mask)
         rest, n = r - j - _TILE, min(_TILE, r - j)
         if rest <= 0:
             continue
@@ -115,61 +100,43 @@ def triangles(
                     when=where,
                 )
         size *= 2
-    verdict = pack(GATE if again else float("inf"), again, *direct, null_flags)
-    device.launch("finish", (count,), 256, t, s, diagonal, null, bounds, numbers, r, verdict, flags, mask)
+    limit, flags = (float("inf"), due) if gate is None else gate
+    device.launch("finish", (count,), 256, t, s, diagonal, bounds, r, limit, flags, mask)
     return t, s, null, bounds
 
 
-def orthonormalize(
-    device: Device,
-    a: Tensor,
-    tol: float,
-    flags: Tensor,
-    numbers: Tensor,
-    again: int,
-    *,
-    also: int = 0,
-    direct: tuple[float, int] = (float("inf"), 0),
-    null_flags: bool = False,
-    mask: int = 0,
-) -> Factor:
+def _only(due: Tensor | None) -> When:
+    """The matrices whose flag is 1; all, where there are no flags."""
+    return When() if due is None else When(due, 1)
+
+
+def orthonormalize(device: Device, a: Tensor, tol: float, due: Tensor | None = None) -> Factored:
     """``A = V T`` of a batch (n, r) in single precision; T has a non-negative diagonal, null columns of V are zero.
 
-    ``again`` is the flag of matrices beyond the gate, which take a second pass, and ``also`` is raised with it.
-    ``mask``: only of matrices with that flag, which take one.
+    Matrices beyond the gate take a second pass. ``due``: only of matrices whose flag is 1, which take one.
     """
     count, n, r = a.shape
     gram = torch.empty(count, r, r, dtype=torch.float64, device=a.device)
     v = torch.empty_like(a)
-    where = When.has(flags, mask) if mask else When()
-    multiply(device, gram, operand(a).T, operand(a), shape=SYMMETRIC, sizes=(r, r, n), when=where)
-    t, s, null, bounds = triangles(
-        device,
-        gram,
-        tol,
-        flags,
-        numbers,
-        mask=mask,
-        again=0 if mask else again | also,
-        direct=direct,
-        null_flags=null_flags,
-    )
-    if mask:
-        multiply(device, v, a, s, shape=UPPER_B, when=where)
-        return Factor(v, t, s, null, bounds)
+    multiply(device, gram, operand(a).T, operand(a), shape=SYMMETRIC, sizes=(r, r, n), when=_only(due))
+    if due is not None:
+        t, s, null, bounds = triangles(device, gram, tol, due=due)
+        multiply(device, v, a, s, shape=UPPER_B, when=_only(due))
+        return Factored(v, t, null, bounds)
+    again = torch.zeros(count, dtype=torch.int32, device=a.device)
+    t, s, null, bounds = triangles(device, gram, tol, gate=(GATE, again))
     once = torch.empty_like(a)
-    multiply(device, v, a, s, shape=UPPER_B, when=When(flags, elsewhere=again, other=once))
-    due = When.has(flags, again)
-    multiply(device, gram, operand(once).T, operand(once), shape=SYMMETRIC, sizes=(r, r, n), when=due)
+    multiply(device, v, a, s, shape=UPPER_B, when=When(again, elsewhere=1, other=once))
+    multiply(device, gram, operand(once).T, operand(once), shape=SYMMETRIC, sizes=(r, r, n), when=_only(again))
     # What is null has been left out: of the second pass only zero columns are.
-    t2, s2, _, _ = triangles(device, gram, 0.0, flags, numbers, mask=again)
-    multiply(device, v, once, s2, shape=UPPER_B, when=due)
+    t2, s2, _, _ = triangles(device, gram, 0.0, due=again)
+    multiply(device, v, once, s2, shape=UPPER_B, when=_only(again))
     both = torch.empty_like(t)
-    multiply(device, both, t2, t, shape=UPPER_A | UPPER_B | UPPER_C, when=due)
-    return Factor(v, torch.where((flags & again != 0)[:, None, None], both, t), s, null, bounds)
+    multiply(device, both, t2, t, shape=UPPER_A | UPPER_B | UPPER_C, when=_only(again))
+    return Factored(v, torch.where((again != 0)[:, None, None], both, t), null, bounds)
 
 
-def polar(device: Device, f: Factor) -> Tensor:
+def polar(device: Device, f: Factored) -> Tensor:
     """``R (RᵀR)^(−1/2) = V·polar(T)`` of a factored batch; null directions contribute nothing.
 
     polar(T) by X ← X(aI + bXᵀX + c(XᵀX)²), the best odd quintics for where its singular values can be
@@ -182,7 +149,7 @@ def polar(device: Device, f: Factor) -> Tensor:
     table = _table(f.t.device)
     device.launch("polar_start", (count,), 256, f.t, f.bounds, x, y, rounds, table, len(lows), r)
     for i, (a, b, c) in enumerate(coefficients):
-        due = When.has(rounds, 1 << i)
+        due = When(rounds, 1 << i)
         multiply(device, square, operand(x).T, operand(x), shape=SYMMETRIC, sizes=(r, r, r), when=due)
         multiply(device, z, square, square, alpha=c, beta=b, delta=a, add=square, shape=SYMMETRIC, when=due)
         multiply(device, y, x, z, when=due)
@@ -231,22 +198,23 @@ def _table(device: torch.device) -> Tensor:
     return torch.tensor(quintics()[1], dtype=torch.float64).to(device)
 
 
-def complete(device: Device, v: Tensor, null: Tensor, old: Tensor, flags: Tensor) -> Tensor:
-    """V with its null columns filled from the old Q's, where only some are null; otherwise undefined.
+def complete(device: Device, v: Tensor, null: Tensor, old: Tensor, due: Tensor) -> Tensor:
+    """V with its null columns filled from the old Q's, of matrices whose flag ``due`` is 1; otherwise undefined. Some
+    columns are null, not all.
 
     The old column itself, made orthonormal to the rest, or where that lies in their span, the one with the largest
     remainder. Which, and by what coefficients, is found in r×r numbers: the remainders' Gram matrix QᵀQ − CᵀC, C = VᵀQ.
     """
     count, n, r = v.shape
-    due = When(flags, SKIP | SOME_NULL | ALL_NULL, SOME_NULL)
+    where = When(due, 1)
     c, h, e, y, ce = (torch.empty(count, r, r, dtype=torch.float64, device=v.device) for _ in range(5))
     turn = torch.empty(count, r, dtype=torch.int32, device=v.device)
-    multiply(device, c, operand(v).T, operand(old), sizes=(r, r, n), when=due)
-    multiply(device, h, operand(old).T, operand(old), shape=SYMMETRIC, sizes=(r, r, n), when=due)
-    multiply(device, h, operand(c).T, operand(c), alpha=-1.0, beta=1.0, add=h, sizes=(r, r, r), when=due)
-    device.launch("complete", (count,), 256, h, e, y, turn, null, r, flags)
-    multiply(device, ce, c, e, when=due)
+    multiply(device, c, operand(v).T, operand(old), sizes=(r, r, n), when=where)
+    multiply(device, h, operand(old).T, operand(old), shape=SYMMETRIC, sizes=(r, r, n), when=where)
+    multiply(device, h, operand(c).T, operand(c), alpha=-1.0, beta=1.0, add=h, sizes=(r, r, r), when=where)
+    device.launch("complete", (count,), 256, h, e, y, turn, null, r, due)
+    multiply(device, ce, c, e, when=where)
     out, filled = torch.empty_like(v), torch.empty_like(v)
-    multiply(device, out, old, e, beta=1.0, add=v, when=due)
-    multiply(device, filled, v, ce, alpha=-1.0, beta=1.0, add=out, when=due)
+    multiply(device, out, old, e, beta=1.0, add=v, when=where)
+    multiply(device, filled, v, ce, alpha=-1.0, beta=1.0, add=out, when=where)
     return filled

@@ -11,44 +11,35 @@ from torch import Tensor
 from .arguments import Operand, addresses, operand, pack
 from .device import Device
 
-__all__ = ["ALL_NULL", "DIRECT", "LEFT_AGAIN", "RESCALE", "RIGHT_AGAIN", "SKIP", "SOME_NULL"]
-__all__ += ["ALPHA", "NULLS", "NUMBERS", "SIZE", "Formed", "When", "multiply"]
+__all__ = ["SYMMETRIC", "UPPER_A", "UPPER_B", "UPPER_C", "Formed", "When", "multiply"]
 
-#: Flags of a matrix, as ``common.cuh`` has them.
-SKIP, RESCALE, LEFT_AGAIN, DIRECT, RIGHT_AGAIN, SOME_NULL, ALL_NULL = (1 << i for i in range(7))
-#: Places of a matrix's numbers there, and how many there are.
-SIZE, ALPHA, NULLS, NUMBERS = 0, 1, 5, 8
+#: Shapes that make parts of a product superfluous, as ``multiply.cu`` numbers them.
 SYMMETRIC, UPPER_A, UPPER_B, UPPER_C = 1, 2, 4, 8
 _TILE = 64
 
 
 @dataclass(frozen=True)
 class When:
-    """Which matrices take part: those with ``flags & mask == want``. Those with ``flags & elsewhere`` have their result
-    written to ``other``, which has the result's strides.
+    """Which matrices take part: those whose flag (an int32 each, decided on the device) has all of ``mask``. Those with
+    ``flag & elsewhere`` have their result written to ``other``, which has the result's strides.
     """
 
     flags: Tensor | None = None
     mask: int = 0
-    want: int = 0
     elsewhere: int = 0
     other: Tensor | None = None
-
-    @staticmethod
-    def has(flags: Tensor, flag: int) -> When:
-        """Those with the flag."""
-        return When(flags, flag, flag)
 
 
 @dataclass(frozen=True)
 class Formed:
-    """The left operand size·B or (``kappa`` None) size·M⁺ from lists of momenta and gradients, in B's orientation."""
+    """The left operand size·B from lists of momenta and gradients, in B's orientation; ``blend`` as
+    :attr:`Bucket.blend`.
+    """
 
     m: Sequence[Tensor]
     g: Sequence[Tensor]
-    kappa: float | None
-    maximize: bool
-    numbers: Tensor
+    blend: tuple[float, float, float]
+    sizes: Tensor
 
     @property
     def T(self) -> Formed:
@@ -109,7 +100,6 @@ def multiply(
         shape,
         when.flags,
         when.mask,
-        when.want,
         other,
         when.elsewhere if other is not None else 0,
     )
@@ -118,7 +108,7 @@ def multiply(
         row_m, col_m = a.m[0].stride()
         row_g, col_g = a.g[0].stride()
         words = (operand(a.m[0][None]).type, operand(a.g[0][None]).type, row_m, col_m, row_g, col_g)
-        formed = pack(*words, -1.0 if a.kappa is None else a.kappa, -1.0 if a.maximize else 1.0, a.numbers)
+        formed = pack(*words, *a.blend, a.sizes)
         device.launch("multiply_formed", grid, 256, product, formed, addresses(a.m), addresses(a.g))
     else:
         device.launch("multiply", grid, 256, product)
@@ -140,7 +130,6 @@ def multiply(
             0,
             when.flags,
             when.mask,
-            when.want,
         )
 
 

@@ -11,7 +11,7 @@ __all__ = ["FILES", "OPTIONS", "Kernel", "kernels", "text"]
 
 _FOLDER = Path(__file__).parent / "kernels"
 #: One translation unit each.
-FILES = ("cholesky", "elementwise", "factor", "matrix", "multiply", "tail")
+FILES = ("cholesky", "elementwise", "factor", "matrix", "multiply")
 #: For NVRTC, beside the architecture. CuPy adds ``-ftz=true``: numbers below 2⁻¹²⁶ count as zero, which no rule minds.
 OPTIONS = ("--std=c++17",)
 

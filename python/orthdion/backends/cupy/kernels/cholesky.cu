@@ -113,20 +113,10 @@ DEVICE double bound(const double* u, int r, Scale scale, double* slots) {
   return sqrt(block_max(rows, slots) * block_max(columns, slots));
 }
 
-// What a finished factor says of its matrix.
-struct Verdict {
-  double gate;          // condition beyond which a second pass is due,
-  i64 again;            // and the flag that asks for it
-  double direct;        // norm of the inverse beyond which R is computed from P,
-  i64 direct_flag;      // and its flag
-  i64 null_flags;       // whether SOME_NULL and ALL_NULL are set
-};
-
-// T ← T D and S ← D⁻¹ S: the factors of the matrix as it was. Norm bounds, before and after; flags; the number of null
-// directions. One block a matrix.
+// T ← T D and S ← D⁻¹ S: the factors of the matrix as it was. Norm bounds, before and after. A condition
+// beyond `gate` raises the flag. One block a matrix.
 extern "C" __global__ void __launch_bounds__(256) finish(
-    double* t, double* s, const double* diagonal, const int* null, double* bounds, double* numbers, int r, Verdict v,
-    int* flags, int mask) {
+    double* t, double* s, const double* diagonal, double* bounds, int r, double gate, int* flags, int mask) {
   __shared__ double slots[8];
   int k = blockIdx.x;
   if (!asked(flags, mask, k)) return;
@@ -140,9 +130,6 @@ extern "C" __global__ void __launch_bounds__(256) finish(
     double d = fetch(diagonal + i);
     return d > 0.0 ? 1.0 / d : 0.0;
   }, slots);
-  double nulls = 0.0;
-  for (int j = threadIdx.x; j < r; j += 256) nulls += fetch(null + (i64)k * r + j);
-  nulls = block_sum(nulls, slots);
   __syncthreads();
   for (int i = threadIdx.x / 32; i < r; i += 8) {
     double d = fetch(diagonal + i), back = d > 0.0 ? 1.0 / d : 0.0;
@@ -157,15 +144,7 @@ extern "C" __global__ void __launch_bounds__(256) finish(
   put(bounds + k * BOUNDS + INVERSE, unit_inverse);
   put(bounds + k * BOUNDS + NORM, norm);
   put(bounds + k * BOUNDS + INVERSE_NORM, inverse);
-  int flag = fetch(flags + k);
-  if (unit_norm * unit_inverse > v.gate) flag |= (int)v.again;
-  if (unit_inverse > v.direct) flag |= (int)v.direct_flag;
-  if (v.null_flags) {
-    put(numbers + k * NUMBERS + NULLS, nulls);
-    if (nulls > 0.0) flag |= SOME_NULL;
-    if (nulls == r) flag |= ALL_NULL;
-  }
-  put(flags + k, flag);
+  if (unit_norm * unit_inverse > gate) put(flags + k, fetch(flags + k) | 1);
 }
 
 // The polar iteration's start: X = T / ‖T‖, into both of its buffers, and the rounds it takes: bit i of `rounds` is round i.

@@ -16,20 +16,6 @@ typedef unsigned long long u64;
 // Number formats of the matrices, as Python numbers them.
 enum Type { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
 
-// Of a matrix, decided on the device and never read by the host in a step.
-enum Flag {
-  SKIP = 1,           // NaN or infinity: nothing of it is written
-  RESCALE = 2,        // its squares would leave single precision: B is multiplied by a power of two
-  LEFT_AGAIN = 4,     // orth(B Q) needs a second Cholesky QR
-  DIRECT = 8,         // R cannot be had from the fused product: it is computed from P
-  RIGHT_AGAIN = 16,   // the right factor needs a second Cholesky QR
-  SOME_NULL = 32,     // directions of R are null
-  ALL_NULL = 64,      // all of them: Q stays
-};
-
-// Numbers of a matrix, in double, side by side.
-enum Number { SIZE = 0, ALPHA = 1, WEIGHT = 2, TOTAL = 3, CAPTURED = 4, NULLS = 5, NUMBERS = 8 };
-
 // Norm bounds of a triangular factor and its inverse: of the equilibrated ones, then of the real ones.
 enum Bound { CONDITION = 0, INVERSE = 1, NORM = 2, INVERSE_NORM = 3, BOUNDS = 4 };
 

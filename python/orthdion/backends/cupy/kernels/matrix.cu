@@ -1,4 +1,4 @@
-// Passes over whole matrices. B = M + G, or κ(M + G) + G, is formed from M and G wherever it is needed.
+// Passes over whole matrices. B = c·M⁺ + e·G with M⁺ = M + G is formed from M and G wherever it is needed.
 //
 // A launch handles a block of `rows` × `cols` entries at (row0, col0) of up to 64 matrices as they lie in memory, 32×128
 // entries a thread block: a warp takes a row of 128, a thread four neighbours of it. `turned`: memory holds Bᵀ.
@@ -8,7 +8,7 @@
 struct Place {
   i64 row0, col0, rows, cols, turned;
   i64 type_x, type_m, type_g, ld_x, ld_m, ld_g;
-  double kappa, sign;  // kappa < 0: no look-ahead
+  double of_plus, extra, sign;  // c, e, and the sign that G is read with
 };
 
 constexpr int TILE_ROWS = 32, TILE_COLS = 128;
@@ -33,7 +33,7 @@ DEVICE void form4(const Place& at, const Spot& s, u64 m, u64 g, float plus[4], f
   for (int e = 0; e < 4; e++) {
     float push = (float)at.sign * y[e];
     plus[e] = x[e] + push;
-    b[e] = at.kappa < 0 ? plus[e] : (float)at.kappa * plus[e] + push;
+    b[e] = (float)at.of_plus * plus[e] + (float)at.extra * push;
   }
 }
 
@@ -50,13 +50,12 @@ DEVICE void put_column_sums(const Place& at, const double sums[4], double* slots
   }
 }
 
-// B (and M⁺ if `plus`) of the block, contiguous [matrix][row][column]; the bits of max |B| by atomic maximum, where NaN
-// lies above infinity above all numbers; sums of B's squares along rows [matrix][row][tile] and down columns
-// [matrix][tile][column], if wanted.
+// Of the block, each if there is room for it: B, contiguous [matrix][row][column]; the bits of max |B| by atomic maximum,
+// where NaN lies above infinity above all numbers; sums of B's squares along rows [matrix][row][tile] and down columns
+// [matrix][tile][column].
 // Traffic: reads M and G, writes B.
 extern "C" __global__ void __launch_bounds__(256) form(
-    List ms, List gs, Place at, u64 b_out, int type_b, float* plus_out, unsigned* largest, double* row_sums,
-    double* column_sums) {
+    List ms, List gs, Place at, u64 b_out, int type_b, unsigned* largest, double* row_sums, double* column_sums) {
   __shared__ double slots[8 * TILE_COLS];
   int k = blockIdx.z;
   unsigned top = 0;
@@ -66,10 +65,7 @@ extern "C" __global__ void __launch_bounds__(256) form(
     float plus[4], b[4];
     form4(at, s, ms.p[k], gs.p[k], plus, b);
     i64 to = ((i64)k * at.rows + s.row) * at.cols + s.col;
-    if (s.n > 0) {
-      put4(b_out, to, s.n, type_b, b);
-      if (plus_out) put4((u64)plus_out, to, s.n, F32, plus);
-    }
+    if (b_out && s.n > 0) put4(b_out, to, s.n, type_b, b);
     double along = 0.0;
     for (int e = 0; e < s.n; e++) {
       unsigned bits = __float_as_uint(b[e]) & 0x7fffffffu;
@@ -85,39 +81,37 @@ extern "C" __global__ void __launch_bounds__(256) form(
     }
   }
   if (column_sums) put_column_sums(at, down, slots, column_sums);
+  if (!largest) return;
   top = warp_max(top);
   if (threadIdx.x % 32 == 0) atomicMax(largest + k, top);
 }
 
-// The largest entry decides: NaN or infinity skips the matrix; outside of [1/safe, safe] B is multiplied by the power
-// of two that brings it near 1. One thread a matrix.
-extern "C" __global__ void decide(const unsigned* largest, int* flags, double* numbers, double safe, int count) {
+// The largest entry on all ranks decides. Infinity: the matrix is lost, and skipped; negative: nobody has a gradient, and it
+// is skipped. Outside of [1/safe, safe] B is multiplied by the power of two that brings it near 1. One thread a matrix.
+extern "C" __global__ void decide(
+    const double* largest, double* sizes, int* skip, int* lost, double safe, int count) {
   int k = blockIdx.x * blockDim.x + threadIdx.x;
   if (k >= count) return;
-  unsigned bits = largest[k];
-  double top = __uint_as_float(bits);
-  int flag = 0;
-  double size = 1.0;
-  if (bits >= 0x7f800000u) {
-    flag = SKIP;
-  } else if (bits && !(top > 1.0 / safe && top < safe)) {
-    flag = RESCALE | DIRECT;
+  double top = fetch(largest + k), size = 1.0;
+  bool finite = top <= 1.7976931348623157e308;
+  if (finite && top > 0.0 && !(top > 1.0 / safe && top < safe)) {
     int exponent = -ilogb(top);  // of a subnormal: 2^126 is near enough, and still a number in single precision
     size = ldexp(1.0, exponent > 126 ? 126 : exponent);
   }
-  flags[k] = flag;
-  for (int i = 0; i < NUMBERS; i++) numbers[k * NUMBERS + i] = i == SIZE ? size : 0.0;
+  put(sizes + k, size);
+  put(skip + k, (int)(!finite || top < 0.0));
+  put(lost + k, (int)!finite);
 }
 
 // Sums of squares along B's rows of T = size·B − P Rᵀ, and of T with scaled columns, as partial sums: [matrix][row][tile],
 // or where memory holds Bᵀ [matrix][tile][column]. `captured` is P Rᵀ of the block.
 // Traffic: reads M, G and P Rᵀ.
-extern "C" __global__ void __launch_bounds__(256) tail_rows(
-    List ms, List gs, Place at, const float* captured, const double* numbers, const double* columns, i64 columns_of,
+extern "C" __global__ void __launch_bounds__(256) residual_rows(
+    List ms, List gs, Place at, const float* captured, const double* sizes, const double* columns, i64 columns_of,
     double* raw, double* scaled) {
   __shared__ double slots[8 * TILE_COLS];
   int k = blockIdx.z;
-  float size = (float)fetch(numbers + k * NUMBERS + SIZE);
+  float size = (float)fetch(sizes + k);
   double down_raw[4] = {0, 0, 0, 0}, down_scaled[4] = {0, 0, 0, 0};
   for (int i = 0; i < TILE_ROWS / 8; i++) {
     Spot s = spot(at, i);
@@ -126,12 +120,12 @@ extern "C" __global__ void __launch_bounds__(256) tail_rows(
     fetch4((u64)captured, ((i64)k * at.rows + s.row) * at.cols + s.col, s.n, F32, t);
     double along_raw = 0.0, along_scaled = 0.0;
     for (int e = 0; e < s.n; e++) {
-      double tail = (double)(size * b[e] - t[e]);
+      double rest = (double)(size * b[e] - t[e]);
       i64 column = at.turned ? at.row0 + s.row : at.col0 + s.col + e;
-      double of_column = tail * fetch(columns + k * columns_of + column);
-      along_raw += tail * tail;
+      double of_column = rest * fetch(columns + k * columns_of + column);
+      along_raw += rest * rest;
       along_scaled += of_column * of_column;
-      down_raw[e] += tail * tail;
+      down_raw[e] += rest * rest;
       down_scaled[e] += of_column * of_column;
     }
     if (!at.turned) {
@@ -152,9 +146,10 @@ extern "C" __global__ void __launch_bounds__(256) tail_rows(
 
 // What `apply` needs of its group and step.
 struct Write {
-  u64 hyper;           // [η, λ]
+  u64 rates;                // [η, λ]
+  u64 sizes, alphas;        // one a matrix; alphas or 0
   u64 fed, head, captured;  // P Wᵀ, P Vᵀ (or P Uᵀ) and P Rᵀ of the block, contiguous; or 0
-  u64 columns, lengths;     // of a normalized tail; or 0
+  u64 columns, lengths;     // of a normalized residual; or 0
   i64 columns_of, rows_of;  // their numbers a matrix
   double a, b, scale;
 };
@@ -162,14 +157,13 @@ struct Write {
 // X ← (1 − ηλ)·X − η·scale·D and M ← a·M⁺ − (a − b)/size·P Wᵀ, with D = P Vᵀ, P Uᵀ + α·size·B, or P Vᵀ + T·columns·rows.
 // Traffic: reads X, M, G and the products, writes X and M.
 extern "C" __global__ void __launch_bounds__(256) apply(
-    List xs, List ms, List gs, Place at, Write w, const int* flags, const double* numbers) {
+    List xs, List ms, List gs, Place at, Write w, const int* skip) {
   int k = blockIdx.z;
-  if (fetch(flags + k) & SKIP) return;
-  const double* own = numbers + k * NUMBERS;
-  double size = fetch(own + SIZE), alpha = fetch(own + ALPHA);
-  double lr = fetch((const double*)w.hyper), decay = fetch((const double*)w.hyper + 1);
+  if (fetch(skip + k)) return;
+  double size = fetch((const double*)w.sizes + k), alpha = w.alphas ? fetch((const double*)w.alphas + k) : 0.0;
+  double lr = fetch((const double*)w.rates), decay = fetch((const double*)w.rates + 1);
   float keep = (float)(1.0 - lr * decay), step = (float)(lr * w.scale);
-  float back = (float)((w.a - w.b) / size), tail_of_b = (float)(alpha * size);
+  float back = (float)((w.a - w.b) / size), share = (float)(alpha * size);
   for (int i = 0; i < TILE_ROWS / 8; i++) {
     Spot s = spot(at, i);
     if (s.n <= 0) continue;
@@ -195,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(256) apply(
         double length = fetch((const double*)w.lengths + k * w.rows_of + (at.turned ? s.col + e : s.row));
         d[e] += (float)((double)((float)size * b[e] - t[e]) * column * length);
       } else {
-        d[e] += tail_of_b * b[e];
+        d[e] += share * b[e];
       }
       x[e] = keep * x[e] - step * d[e];
       plus[e] = (float)w.a * plus[e] - back * fed[e];

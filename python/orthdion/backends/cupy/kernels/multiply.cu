@@ -26,16 +26,16 @@ struct Product {
   double alpha, beta, delta;
   i64 m, n, k, pairs, splits, shape;
   u64 flags;           // one a matrix
-  i64 mask, want;      // it takes part if flags & mask == want
+  i64 mask;            // it takes part if it has all of these
   u64 other;           // where C goes, in C's strides, if flags & elsewhere
   i64 elsewhere;
 };
 
-// Operand A of a formed product: size·B or size·M⁺ from M and G, in B's orientation by strides.
+// Operand A of a formed product: size·B from M and G (matrix.cu), in B's orientation by strides.
 struct Formed {
   i64 type_m, type_g, row_m, col_m, row_g, col_g;
-  double kappa, sign;
-  u64 numbers;
+  double of_plus, extra, sign;
+  u64 sizes;
 };
 
 constexpr int TILE = 64, CHUNK = 16, PITCH = TILE + 4;
@@ -54,7 +54,7 @@ struct FromMomentum {
   DEVICE double operator()(i64 i, i64 j) const {
     double push = f.sign * fetch_as_double(g, i * f.row_g + j * f.col_g, (int)f.type_g);
     double plus = fetch_as_double(m, i * f.row_m + j * f.col_m, (int)f.type_m) + push;
-    return size * (f.kappa < 0 ? plus : f.kappa * plus + push);
+    return size * (f.of_plus * plus + f.extra * push);
   }
 };
 
@@ -138,7 +138,7 @@ DEVICE bool takes_part(const Product& p, i64& k, i64& pair, i64& split, u64& out
   pair = blockIdx.z % p.pairs;
   int flags = p.flags ? fetch((const int*)p.flags + k) : 0;
   out = flags & p.elsewhere ? p.other : p.c.p;
-  return (flags & p.mask) == p.want && !(p.shape & (SYMMETRIC | UPPER_C) && blockIdx.y > blockIdx.x);
+  return (flags & p.mask) == p.mask && !(p.shape & (SYMMETRIC | UPPER_C) && blockIdx.y > blockIdx.x);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) multiply(Product p) {
@@ -152,16 +152,16 @@ extern "C" __global__ void __launch_bounds__(256) multiply_formed(Product p, For
   i64 k, pair, split;
   u64 out;
   if (!takes_part(p, k, pair, split, out)) return;
-  FromMomentum a = {ms.p[k], gs.p[k], f, fetch((const double*)f.numbers + k * NUMBERS + SIZE)};
+  FromMomentum a = {ms.p[k], gs.p[k], f, fetch((const double*)f.sizes + k)};
   product_tile(p, a, f.row_m == 1, k, pair, split, out);
 }
 
 // out[matrix][i] (+)= Σ_t parts[matrix·of + t·step + i·by], in that order. One thread an entry.
 extern "C" __global__ void collect(
     const double* parts, i64 of, i64 step, i64 by, i64 terms, u64 out, i64 out_of, i64 type, i64 count, int add,
-    const int* flags, int mask, int want) {
+    const int* flags, int mask) {
   i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, k = blockIdx.y;
-  if (i >= count || (flags && (fetch(flags + k) & mask) != want)) return;
+  if (i >= count || (flags && (fetch(flags + k) & mask) != mask)) return;
   double total = add ? fetch_as_double(out, k * out_of + i, (int)type) : 0.0;
   for (i64 t = 0; t < terms; t++) total += fetch(parts + k * of + t * step + i * by);
   put_as(out, k * out_of + i, (int)type, total);

@@ -1,0 +1,284 @@
+"""CUDA tensors: what like matrices ask for together is answered by launches that they share.
+
+Nothing is decided on the host: a matrix with NaN on any rank goes through the whole body and is not written, by a flag
+on the device. Matrices over ranks take the same answers. What the host still reads over ranks, the bodies read: null
+columns of a right factor whose rows lie on several ranks, and diagnostics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ...numerics import orthonormal as plain
+from ...requests import (
+    Blend,
+    Columns,
+    Deferred,
+    Elementwise,
+    Factor,
+    Form,
+    Gram,
+    LowRankUpdate,
+    Map,
+    MatMul,
+    Outcome,
+    Product,
+    Report,
+    Request,
+    ResidualSums,
+    Settle,
+    Sketch,
+    Triangle,
+    WarmStart,
+)
+from ...requests import Energies as EnergiesOf
+from ..base import Fused
+from ..torch import TorchBackend
+from .arguments import MATRICES, operand
+from .bucket import batch, lying
+from .device import Device, device_for
+from .elementwise import elementwise
+from .orthonormal import complete, orthonormalize, polar, triangles
+from .passes import Energies, Passes, Write
+from .products import SYMMETRIC, multiply
+
+__all__ = ["CupyBackend"]
+
+#: What is asked of a blend, and reads or writes matrices.
+_OF_BLENDS = (EnergiesOf, LowRankUpdate, Product, ResidualSums, Settle, Sketch)
+#: Bytes of scratch for an element of what a request brings: copies in double, and results.
+_SCRATCH = 32
+
+
+class CupyBackend(TorchBackend):
+    """Up to 64 matrices a launch; B is formed in panels that stay in the cache, and never stored."""
+
+    name = "cupy"
+    deferred = True
+    fused: Mapping[type[Form], Fused] = {Elementwise: cast(Any, elementwise)}
+
+    def key(self, request: Request) -> Hashable:
+        """All that a launch has in common."""
+        if not isinstance(request, _OF_BLENDS) or not request.b.w.x.numel():
+            return request.key()
+        b = request.b
+        key = (type(request), lying(b).key, b.size if isinstance(b.size, float) else None)
+        if isinstance(request, LowRankUpdate):
+            return *key, *_written(request)
+        if isinstance(request, (Sketch, Settle)):
+            return *key, request.q.shape, request.q.dtype
+        return *key, None if isinstance(request, EnergiesOf) else request.p.shape
+
+    def answer(self, requests: list[Any]) -> list[Any]:
+        """The answers, of as many at a time as a launch takes and scratch may hold."""
+        first, found = requests[0], list[Any]()
+        if isinstance(first, _OF_BLENDS) and not isinstance(first, Settle) and not first.b.w.x.numel():
+            one = getattr(self, self._METHODS[type(first)])  # this rank has no part of it
+            return [one(q) for q in requests]
+        device = device_for(_tensors(first)[0].device)
+        with device.active():
+            for part in _parts(requests, device):
+                found.extend(super().answer(part))
+        return found
+
+    # ------------------------------------------------------------ plain tensors
+
+    def map_of_many(self, qs: list[Map]) -> list[Any]:
+        """Stacked, on any device."""
+        stacked = [batch(column) for column in zip(*(q.tensors for q in qs), strict=True)]
+        result = qs[0].function(*stacked, *qs[0].numbers)
+        if isinstance(result, tuple):
+            return list(zip(*(t.unbind(0) for t in result), strict=True))
+        return list(result.unbind(0))
+
+    def matmul_of_many(self, qs: list[MatMul]) -> list[Tensor]:
+        """``A B``, as one batched product."""
+        return list(self._matmul(batch([q.a for q in qs]), batch([q.b for q in qs]), qs[0].precision).unbind(0))
+
+    def gram_of_many(self, qs: list[Gram]) -> list[Tensor]:
+        """``AᵀA``"""
+        a = batch([q.a for q in qs])
+        count, n, r = a.shape
+        out = torch.zeros(count, r, r, dtype=torch.float64, device=a.device)
+        if a.numel():
+            multiply(device_for(a.device), out, operand(a).T, operand(a), shape=SYMMETRIC, sizes=(r, r, n))
+        return list(out.unbind(0))
+
+    def triangle_of_many(self, qs: list[Triangle]) -> list[tuple[Tensor, Tensor, None]]:
+        """Null directions left out, whatever the condition, which nobody waits for."""
+        gram = batch([q.gram for q in qs]).clone()
+        t, inverse, _, _ = triangles(device_for(gram.device), gram, qs[0].tol)
+        return [(*both, None) for both in zip(t.triu().unbind(0), inverse.triu().unbind(0), strict=True)]
+
+    def factor_of_many(self, qs: list[Factor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """QR by Cholesky, the polar factor by products."""
+        a = batch([q.tensor for q in qs])
+        device = device_for(a.device)
+        if not a.numel():
+            return [self.factor(q) for q in qs]
+        f = orthonormalize(device, a, qs[0].tol)
+        v = polar(device, f) if qs[0].kind == "polar" else f.v
+        null = (f.null != 0).unbind(0)
+        return [(own, gone, q.tensor) for own, gone, q in zip(v.unbind(0), null, qs, strict=True)]
+
+    def columns_of_many(self, qs: list[Columns]) -> list[tuple[Tensor, Tensor]]:
+        """Unit columns."""
+        r, energies = batch([q.r for q in qs]), batch([q.energies for q in qs])
+        v, null = plain.columns(r, energies, qs[0].tol, qs[0].epsilon)
+        return list(zip(v.unbind(0), null.unbind(0), strict=True))
+
+    def warm_start_of_many(self, qs: list[WarmStart]) -> list[Tensor]:
+        """The next Q, its null directions filled where a flag says that there are some, and not all."""
+        v, null, old = batch([q.v for q in qs]), batch([q.null for q in qs]), batch([q.old for q in qs])
+        old = old.to(v.dtype)
+        if qs[0].kind == "column" or not v.numel():
+            return list(torch.where(null[:, None, :], old, v).unbind(0))
+        device, every = device_for(v.device), null.all(1)
+        some = null.any(1) & ~every
+        due, gone, basis = some.int(), null.int(), v
+        if qs[0].kind == "polar":  # with null directions its columns are not orthonormal: a basis of them is
+            f = orthonormalize(device, v, 1e-3, due)
+            basis, gone = f.v, f.null
+        filled = complete(device, basis, gone, old, due)
+        chosen = torch.where(every[:, None, None], old, torch.where(some[:, None, None], filled, v))
+        return list(chosen.unbind(0))
+
+    # ------------------------------------------------------------ blends
+
+    def sketch_of_many(self, qs: list[Sketch]) -> list[tuple[Tensor, Tensor]]:
+        """``B Q`` and max |B|"""
+        passes, old = _passes(qs), batch([q.q for q in qs])
+        p, bits = passes.sketch(old)
+        largest = bits.view(torch.float32).double() * passes.sizes
+        largest = torch.where(largest.isfinite(), largest, torch.inf)
+        for q, own in zip(qs, old.unbind(0), strict=True):
+            lying(q.b).q = own
+        return list(zip(p.unbind(0), largest.unbind(0), strict=True))
+
+    def settle_of_many(self, qs: list[Settle]) -> list[tuple[Blend, Tensor, Report | None]]:
+        """Flags and sizes from what all ranks know; products of matrices that must be scaled are formed anew."""
+        largest, first = batch([q.largest for q in qs]), qs[0].b.w
+        sizes, count = torch.empty_like(largest), len(qs)
+        skip, lost = (torch.empty(count, dtype=torch.int32, device=largest.device) for _ in range(2))
+        grid = (-(-count // 64),)
+        device_for(largest.device).launch("decide", grid, 64, largest, sizes, skip, lost, first.precision.safe, count)
+        flags = zip(sizes.unbind(0), skip.bool().unbind(0), lost.unbind(0), strict=True)
+        blends = []
+        for q, (size, skipped, gone) in zip(qs, flags, strict=True):
+            q.b.w.skip, q.b.w.lost = skipped, gone
+            b = q.b.scaled(size)
+            b.formed = q.b.formed
+            blends.append(b)
+        sketch = batch([q.sketch for q in qs])
+        if first.x.numel():
+            old = batch([q.q if lying(q.b).q is None else lying(q.b).q for q in qs])  # type: ignore[misc]
+            Passes(device_for(largest.device), blends).rescaled(sketch, old)
+        return [(b, p, None) for b, p in zip(blends, sketch.unbind(0), strict=True)]
+
+    def product_of_many(self, qs: list[Product]) -> list[Tensor]:
+        """``Bᵀ P``; rules that look ahead complete the step and will ask for B's energies, so they are taken on the
+        way.
+        """
+        passes, first = _passes(qs), qs[0].b
+        energies = passes.room() if abs(first.cg) != first.cm or first.w.diagnose else None
+        out = passes.product(batch([q.p for q in qs]), energies)
+        if energies is not None:
+            for q, rows, columns in zip(qs, energies.rows.unbind(0), energies.columns.unbind(0), strict=True):
+                lying(q.b).energies = rows, columns
+        return list(out.unbind(0))
+
+    def energies_of_many(self, qs: list[EnergiesOf]) -> list[tuple[Tensor, Tensor]]:
+        """Along rows and down columns."""
+        passes, known = _passes(qs), [e for q in qs if (e := lying(q.b).energies) is not None]
+        if len(known) == len(qs):
+            found = Energies(batch([rows for rows, _ in known]), batch([columns for _, columns in known]))
+        else:
+            found = passes.energies()
+        squared = passes.sizes.square()[:, None]
+        rows, columns = found.rows * squared, found.columns * squared
+        return list(zip(rows.unbind(0), columns.unbind(0), strict=True))
+
+    def residual_sums_of_many(self, qs: list[ResidualSums]) -> list[tuple[Tensor, Tensor]]:
+        """Of T, and of T with scaled columns."""
+        p, r, columns = (batch([getattr(q, name) for q in qs]) for name in ("p", "r", "columns"))
+        raw, scaled = _passes(qs).residual_sums(p, r, columns.double())
+        return list(zip(raw.unbind(0), scaled.unbind(0), strict=True))
+
+    # ------------------------------------------------------------ writes
+
+    def low_rank_update_of_many(self, qs: list[LowRankUpdate]) -> list[Outcome]:
+        """X, M and Q in place, but of matrices whose flag says not to."""
+        first, w = qs[0], qs[0].b.w
+        p, v, r = (batch([getattr(q, name) for q in qs]) for name in ("p", "v", "r"))
+        fed = r if first.fed is first.r else batch([q.fed for q in qs])
+        rates = w.rates
+        if rates is None:  # one step of one matrix, outside of optimizers
+            numbers = [float(first.lr), float(first.weight_decay)]
+            rates = torch.tensor(numbers, dtype=torch.float64).to(w.x.device)
+        skip = _flags([q.b.w.skip for q in qs], w.x.device)
+        residual = [_residual(qs, name) for name in ("alpha", "columns", "rows")]
+        passes = Passes(device_for(w.x.device), [q.b for q in qs], written=True)
+        passes.update(Write(p, v, r, fed, rates, first.scale, first.feedback, skip, *residual))
+        passes.keep(batch([q.q for q in qs]).float(), [q.b.w.state["Q"] for q in qs], skip)
+        written = [t for q in qs for t in (q.b.w.x, q.b.m, q.b.w.state["Q"])]
+        torch.autograd.graph.increment_version(written)
+        nulls = batch([q.null for q in qs]).sum(1).unbind(0)
+        return [_outcome(q, null) for q, null in zip(qs, nulls, strict=True)]
+
+
+def _outcome(q: LowRankUpdate, nulls: Tensor) -> Outcome:
+    lost = q.b.w.lost
+    return q.b.w.outcome(q.null, q.figures) if lost is None else Deferred(lost, nulls, q.figures)
+
+
+def _passes(qs: list[Any]) -> Passes:
+    return Passes(device_for(qs[0].b.w.x.device), [q.b for q in qs])
+
+
+def _flags(flags: list[Tensor | None], where: torch.device) -> Tensor:
+    """Flags as kernels read them; none is none raised."""
+    known = [f for f in flags if f is not None]
+    return batch(known).int() if known else torch.zeros(len(flags), dtype=torch.int32, device=where)
+
+
+def _residual(qs: list[LowRankUpdate], name: str) -> Tensor | None:
+    """One of the residual's numbers, of every matrix."""
+    found = [getattr(q.residual, name) for q in qs if q.residual is not None]
+    return None if not found or found[0] is None else batch(found).double()
+
+
+def _written(q: LowRankUpdate) -> tuple[Hashable, ...]:
+    """What writes in one launch have in common."""
+    w, old, residual = q.b.w, q.b.w.state["Q"], q.residual
+    rates = (float(q.lr), float(q.weight_decay)) if w.rates is None else w.rates.data_ptr()
+    kind = None if residual is None else (residual.alpha is None, residual.columns is None)
+    formats = (old.dtype, old.shape, old.stride(), q.q.dtype)
+    return rates, q.scale, q.feedback, kind, q.fed is q.r, w.skip is None, formats
+
+
+def _tensors(q: Any) -> list[Tensor]:
+    """What a request brings beside its matrices."""
+    found: list[Tensor] = []
+    for f in fields(q):
+        value = getattr(q, f.name)
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple):
+            found.extend(t for t in value if isinstance(t, Tensor))
+        elif isinstance(value, Blend):
+            found.append(value.w.x[:0])
+    return found
+
+
+def _parts(requests: list[Any], device: Device) -> Iterator[list[Any]]:
+    """At most 64 at a time, and as many as scratch may hold."""
+    brought = _tensors(requests[0])
+    each = _SCRATCH * sum(t.numel() for t in brought) + 1
+    most = max(1, min(MATRICES, device.factor_bytes // each))
+    for start in range(0, len(requests), most):
+        yield requests[start : start + most]
