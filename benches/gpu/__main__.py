@@ -188,7 +188,7 @@ def markdown(result: dict[str, Any]) -> str:
     rates_found = ", ".join(f"{k} {v:.0f}" for k, v in result.get("rates", {}).items())
     lines += ["", f"Rates, 10⁹ a second: {rates_found}.", ""]
     lines += [
-        "Kernels of one layer's step at r/d = 1/8 with a normalized tail, each waited for; cuBLAS is not among them.",
+        "Kernels of one layer's step at r/d = 1/8, residual normalized, each waited for; cuBLAS is not among them.",
         "",
     ]
     lines += ["| kernel | launches | ms | GB/s | of the copy rate |", "|---|---|---|---|---|"]

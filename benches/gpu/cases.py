@@ -63,7 +63,7 @@ class Candidate:
     def floor(self, model: Model, fraction: float, rates: dict[str, float], kind: str) -> float | None:
         """Milliseconds: bytes over the copy rate, or flops over the products' and the double-precision rate, if longer.
 
-        Bytes are those of float32 momenta with 2-byte weights and gradients: 5 of 7 passes' float32 size.
+        Bytes are those of float32 momenta with 2-byte weights and gradients.
         """
         if not self.ours:
             return None
@@ -75,10 +75,10 @@ class Candidate:
         return max(memory, work / 1e6)
 
 
-def _ours(**options: Any) -> Callable[[list[nn.Parameter]], Any]:
+def _ours(kind: Any, **options: Any) -> Callable[[list[nn.Parameter]], Any]:
     def build(params: list[nn.Parameter]) -> Any:
         kinds = {"momentum_dtype": torch.float32, "q_dtype": torch.float32}
-        return orthdion.OrthDion(params, lr=0.01, backend="cupy", **kinds, **options)
+        return kind(params, lr=0.01, backend="cupy", **kinds, **options)
 
     return build
 
@@ -90,12 +90,14 @@ def _theirs(kind: Any, keywords: dict[str, Any], params: list[nn.Parameter]) -> 
 def candidates(fraction: float, compute: str | None) -> tuple[list[Candidate], list[str]]:
     """Ours and the peers that can be imported; and which could not, with the reason."""
     shared: dict[str, Any] = {"rank_fraction": fraction, "compute_dtype": compute}
+    orth, full = orthdion.OrthDion, orthdion.CompletedDion
+    # No step can do with less than M and G twice, X once, and X and M written: ours takes 6.5, normalized 9.5.
     found = [
-        Candidate("OrthDion qr", _ours(right_factor="qr", **shared), 5.0, 8.0, True, True),
-        Candidate("OrthDion polar", _ours(right_factor="polar", **shared), 5.0, 8.0, True, True),
-        Candidate("OrthDion column", _ours(right_factor="column", feedback="dion", **shared), 5.0, 8.0, True, True),
-        Candidate("OrthDion linear tail", _ours(tail="linear", **shared), 5.0, 6.0, True, True),
-        Candidate("OrthDion normalized tail", _ours(tail="normalized", **shared), 5.0, 12.0, True, True),
+        Candidate("OrthDion qr", _ours(orth, right_factor="qr", **shared), 5.0, 8.0, True, True),
+        Candidate("OrthDion polar", _ours(orth, right_factor="polar", **shared), 5.0, 8.0, True, True),
+        Candidate("Dion", _ours(orthdion.Dion, **shared), 5.0, 8.0, True, True),
+        Candidate("CompletedDion linear", _ours(full, residual="linear", **shared), 5.0, 6.0, True, True),
+        Candidate("CompletedDion normalized", _ours(full, **shared), 5.0, 12.0, True, True),
     ]
     missing = []
     try:

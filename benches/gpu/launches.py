@@ -61,7 +61,7 @@ def kernels(clock: Clock, model: Model, copy: float, compute: str) -> list[dict[
     vector = nn.Parameter(torch.randn(1 << 14, device=clock.device, dtype=torch.bfloat16))
     groups = [{"params": params}, {"params": [vector], "algorithm": "adamw"}]
     shared = {"momentum_dtype": torch.float32, "q_dtype": torch.float32, "compute_dtype": compute}
-    o = orthdion.OrthDion(groups, rank_fraction=0.125, tail="normalized", backend="cupy", **shared)  # type: ignore[arg-type]
+    o = orthdion.CompletedDion(groups, rank_fraction=0.125, backend="cupy", **shared)  # type: ignore[arg-type]
     for p in (*params, vector):
         p.grad = torch.randn_like(p)
     o.step()

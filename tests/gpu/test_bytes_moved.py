@@ -1,20 +1,35 @@
-"""What launches say they move is what their loads and stores add up to; a step's sum is the passes that are
-promised.
+"""What launches say they move is what their loads and stores add up to; a step's sum is the passes that docs/gpu.md
+tells of.
 """
+
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from grids import named, pairwise
 from oracles import parameter, randn
 
 import orthdion
 from orthdion.backends.cupy.traffic import declared
 
+#: A residual, and the passes over float32 matrices of a step with it: two to sketch, two for R, five to write; two more
+#: for the sums of a normalized residual, and two for the feedback of what M⁺ has of P where B looks ahead.
+PASSES = {None: 9.0, "linear": 9.0, "normalized": 13.0}
+#: With weights and gradients of half that size.
+HALF_PASSES = {None: 6.5, "linear": 6.5, "normalized": 9.5}
 
-def launches(shim, shape, dtype=torch.float32, **options):
+
+def launches(shim, shape, dtype=torch.float32, residual=None, **options):
     """The launches of one step of a matrix and a vector, after a first step that does not count."""
     p, vector = parameter(randn(*shape, dtype=dtype)), parameter(randn(5000, dtype=dtype))
-    o = orthdion.OrthDion(
-        [{"params": [p]}, {"params": [vector], "algorithm": "adamw"}], backend="cupy", rank_fraction=0.125, **options
+    groups = [{"params": [p]}, {"params": [vector], "algorithm": "adamw"}]
+    options |= {"backend": "cupy", "rank_fraction": 0.125}
+    o = (
+        orthdion.CompletedDion(groups, residual=residual, **options)
+        if residual
+        else orthdion.OrthDion(groups, **options)
     )
     for k in range(2):
         for t in (p, vector):
@@ -25,22 +40,28 @@ def launches(shim, shape, dtype=torch.float32, **options):
     return shim.log
 
 
-@pytest.mark.parametrize("tail", ["feedback", "linear", "normalized"])
-@pytest.mark.parametrize("right_factor", ["qr", "column", "polar"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(140, 70), (70, 260)])
-def test_declared_bytes_are_those_that_are_moved(shim, tail, right_factor, dtype, shape):
+GRID = pairwise(
+    residual=list(PASSES),
+    right_factor=("qr", "column", "polar"),
+    dtype=(torch.float32, torch.bfloat16),
+    shape=((140, 70), (70, 260)),
+    diagnostics=(False, True),
+)
+
+
+@pytest.mark.parametrize("options", GRID, ids=named)
+def test_declared_bytes_are_those_that_are_moved(shim, options):
     seen = set()
-    for kernel, grid, arguments, counted in launches(shim, shape, dtype, tail=tail, right_factor=right_factor):
+    for kernel, grid, arguments, counted in launches(shim, **options):
         said = declared(kernel, grid, arguments)
         if said is None:
             continue
         seen.add(kernel)
-        if said.exact or kernel in ("apply", "elementwise"):  # nothing is skipped here
+        if said.exact or kernel in ("apply", "elementwise", "keep"):  # nothing is skipped here
             assert (said.loaded, said.stored) == counted, kernel
         else:
             assert counted[0] <= said.loaded and counted[1] <= said.stored, kernel
-    expected = {"form", "apply", "multiply", "gather", "keep", "elementwise", "find_bad"}
+    expected = {"form", "apply", "multiply", "keep", "elementwise", "find_bad"}
     assert expected <= seen
 
 
@@ -49,39 +70,65 @@ def passes(log, shape):
     total = 0
     for kernel, grid, arguments, _ in log:
         said = declared(kernel, grid, arguments)
-        if said is not None and kernel in ("form", "apply", "tail_rows"):
+        if said is not None and kernel in ("form", "apply", "residual_rows"):
             total += said.matrix_loads + said.matrix_stores
     return total / (4 * shape[0] * shape[1])
 
 
-@pytest.mark.parametrize("tail", ["feedback", "linear", "normalized"])
+@pytest.mark.parametrize("residual", PASSES)
 @pytest.mark.parametrize("shape", [(256, 256), (130, 516)])
-def test_a_step_takes_seven_passes_over_the_matrix_and_five_with_half_weights(shim, tail, shape):
-    assert passes(launches(shim, shape, tail=tail), shape) == 7.0
-    half = launches(shim, shape, torch.bfloat16, tail=tail, momentum_dtype=torch.float32)
-    assert passes(half, shape) == 5.0
+def test_a_step_takes_nine_passes_over_the_matrix_and_thirteen_with_a_normalized_residual(shim, residual, shape):
+    assert passes(launches(shim, shape, residual=residual), shape) == PASSES[residual]
+    half = launches(shim, shape, torch.bfloat16, residual=residual, momentum_dtype=torch.float32)
+    assert passes(half, shape) == HALF_PASSES[residual]
+
+
+def test_a_residual_without_look_ahead_takes_a_pass_of_its_own_for_energies(shim):
+    log = launches(shim, (256, 256), residual="linear", nesterov=False)
+    assert passes(log, (256, 256)) == PASSES["linear"] + 2.0
 
 
 def test_nothing_of_the_matrixs_size_is_allocated(shim, monkeypatch):
     shape, largest = (512, 1024), 0
-    new = torch.empty
 
-    def watched(*args, **kwargs):
-        nonlocal largest
-        t = new(*args, **kwargs)
-        largest = max(largest, t.numel() * t.element_size())
-        return t
+    def watched(new):
+        def watching(*args, **kwargs):
+            nonlocal largest
+            t = new(*args, **kwargs)
+            largest = max(largest, t.numel() * t.element_size())
+            return t
 
-    monkeypatch.setattr(torch, "empty", watched)
-    for tail in ("feedback", "linear", "normalized"):
-        launches(shim, shape, tail=tail)
+        return watching
+
+    for name in ("empty", "empty_like", "zeros", "stack", "where"):
+        monkeypatch.setattr(torch, name, watched(getattr(torch, name)))
+    for residual in PASSES:
+        launches(shim, shape, residual=residual)
     # The largest are a factor of rank 64 in single precision, and panels of a third of the cache.
     assert largest <= max(4 * 1024 * 64, 4 * 128 * 512 * 4)
 
 
-def test_gpu_check_runs_from_end_to_end_and_names_what_it_did_not(shim, tmp_path, capsys):
-    import json
+@pytest.mark.parametrize("residual", PASSES)
+def test_four_like_matrices_are_launched_as_one_is(shim, residual):
+    def count(number):
+        params = [parameter(randn(40, 24, seed=i)) for i in range(number)]
+        options = {"backend": "cupy", "rank_fraction": 0.25, "right_factor": "polar"}
+        o = (
+            orthdion.CompletedDion(params, residual=residual, **options)
+            if residual
+            else orthdion.OrthDion(params, **options)
+        )
+        for i, p in enumerate(params):
+            p.grad = randn(40, 24, seed=10 + i)
+        shim.logging, shim.log = True, []
+        o.step()
+        shim.logging = False
+        return len(shim.log)
 
+    assert count(4) == count(1)
+
+
+def test_gpu_check_runs_from_end_to_end_and_names_what_it_did_not(shim, tmp_path, capsys):
     from benches.gpu.__main__ import main
 
     arguments = ["--device", "cpu", "--models", "tiny", "--fractions", "1", "--seconds", "0.01", "--out", str(tmp_path)]
@@ -90,21 +137,18 @@ def test_gpu_check_runs_from_end_to_end_and_names_what_it_did_not(shim, tmp_path
     assert [c["holds"] for c in result["checks"]] == [True] * 5 + [None] * 2
     assert {r["candidate"] for r in result["steps"]} >= {
         "OrthDion qr",
-        "OrthDion normalized tail",
+        "CompletedDion normalized",
         "torch.optim.AdamW fused",
     }
     assert {k["kernel"] for k in result["kernels"]} >= {"form", "apply", "multiply", "elementwise"}
     page = (tmp_path / "gpu.md").read_text()
-    assert "| equals the reference | holds |" in page and "First step" in page
+    assert "| equals plain torch | holds |" in page and "First step" in page
     with pytest.raises(SystemExit):
         main(["--models", "llama-9"])
     assert "--models llama-9: known are" in capsys.readouterr().err
 
 
 def test_gpu_check_needs_no_rust_core():
-    import subprocess
-    import sys
-
     code = (
         "import sys; sys.modules['orthdion._core'] = None\n"
         "import benches.gpu.__main__, orthdion, torch\n"
@@ -113,4 +157,4 @@ def test_gpu_check_needs_no_rust_core():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("backend reference: the Rust core is not built")
+    assert done.stdout.startswith("backend torch: plain torch; the Rust core is not built")

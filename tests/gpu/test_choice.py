@@ -8,19 +8,19 @@ import orthdion
 from orthdion.backends import choose
 
 
-def test_without_a_device_the_reference_serves_and_says_why():
+def test_without_a_device_plain_torch_serves_and_says_why():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     name, why = choose("auto", torch.device("cuda", 0), torch.float32)
-    assert name == "reference"
+    assert name == "torch"
     assert "cupy" in why.lower()
     with pytest.raises(ValueError, match=r"backend='cupy' cannot serve these parameters: .*use backend='auto'"):
         choose("cupy", torch.device("cuda", 0), torch.float32)
 
 
-def test_double_weights_on_a_gpu_are_the_references():
+def test_double_weights_on_a_gpu_are_plain_torchs():
     name, why = choose("auto", torch.device("cuda", 0), torch.float64)
-    assert name == "reference"
+    assert name == "torch"
     assert "float32, bfloat16 and float16 weights, not torch.float64" in why
 
 
@@ -35,7 +35,7 @@ def test_repr_and_backends_name_the_kernels(shim):
     assert repr(o).endswith("backend cupy: CUDA tensors (1 parameters)")
 
 
-def test_rates_live_on_the_device_and_follow_groups_and_tensors(shim):
+def test_learning_rates_live_on_the_device_and_follow_groups_and_tensors(shim):
     lr = torch.tensor(0.5)
     p, q = parameter(randn(6, 4), torch.zeros(6, 4)), parameter(randn(6, 4), torch.zeros(6, 4))
     groups = [{"params": [p], "weight_decay": 0.1}, {"params": [q], "lr": lr, "weight_decay": 0.1}]

@@ -19,13 +19,10 @@ _TILE = 64
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes loaded and stored: of X, M and G, which lie in memory; of them again, while their panel is cached; of all
-    else.
-    """
+    """Bytes loaded and stored: of X, M and G, which lie in memory; of all else."""
 
     matrix_loads: int = 0
     matrix_stores: int = 0
-    again: int = 0
     loads: int = 0
     stores: int = 0
     #: Whether every matrix takes part; otherwise this is what the launch moves at most.
@@ -34,7 +31,7 @@ class Traffic:
     @property
     def loaded(self) -> int:
         """All loads."""
-        return self.matrix_loads + self.again + self.loads
+        return self.matrix_loads + self.loads
 
     @property
     def stored(self) -> int:
@@ -50,49 +47,49 @@ def declared(kernel: str, grid: Sequence[int], arguments: Sequence[Any]) -> Traf
 
 def _place(packed: bytes) -> tuple[int, int, bool, int, int, int]:
     """``(rows, cols, turned, bytes of an entry of X, M, G)`` of a ``Place``."""
-    words = struct.unpack("=11q2d", packed)
+    words = struct.unpack("=11q3d", packed)
     return words[2], words[3], bool(words[4]), _SIZES[words[5]], _SIZES[words[6]], _SIZES[words[7]]
 
 
 def _form(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     rows, cols, _, _, m, g = _place(a[2])
     entries = grid[2] * rows * cols
-    stores = entries * (_SIZES[a[4]] + (4 if a[5] is not None else 0))
-    if a[7] is not None:
+    stores = 0 if a[3] is None else entries * _SIZES[a[4]]
+    if a[6] is not None:
         stores += 8 * grid[2] * (rows * grid[0] + cols * grid[1])
     return Traffic(matrix_loads=entries * (m + g), stores=stores)
 
 
-def _tail_rows(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
+def _residual_rows(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     rows, cols, turned, _, m, g = _place(a[2])
     entries, threads = grid[2] * rows * cols, 256 * grid[0] * grid[1] * grid[2]
     sums = grid[2] * (cols * grid[1] if turned else rows * grid[0])
-    return Traffic(again=entries * (m + g), loads=entries * (4 + 8) + 8 * threads, stores=2 * 8 * sums)
+    return Traffic(matrix_loads=entries * (m + g), loads=entries * (4 + 8) + 8 * threads, stores=2 * 8 * sums)
 
 
 def _apply(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     rows, cols, _, x, m, g = _place(a[3])
-    _, fed, _, captured, columns = struct.unpack("=8q3d", a[4])[:5]
+    _, _, alphas, fed, _, captured, columns = struct.unpack("=10q3d", a[4])[:7]
     entries, threads = grid[2] * rows * cols, 256 * grid[0] * grid[1] * grid[2]
     of_entry = 4 + (4 if fed else 0)
     if columns:
         of_entry += 16 + (0 if captured == fed else 4)
-    # Of every thread: the flags, size, α, η and λ.
+    # Of every thread: the flag, size, α, η and λ.
     return Traffic(
         matrix_loads=entries * (x + m + g),
         matrix_stores=entries * (x + m),
-        loads=entries * of_entry + threads * (4 + 4 * 8),
+        loads=entries * of_entry + threads * (4 + 8 * (4 if alphas else 3)),
         exact=False,
     )
 
 
 def _multiply(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
-    words = struct.unpack("=24q3d11q", a[0])
+    words = struct.unpack("=24q3d10q", a[0])
     sizes = [_SIZES[words[6 * i + 5]] for i in range(4)]
     beta = words[25]
     m, n, k, _, splits, shape, flags = words[27:34]
     if len(a) > 1:
-        formed = struct.unpack("=6q2dq", a[1])
+        formed = struct.unpack("=6q3dq", a[1])
         sizes[0] = _SIZES[formed[0]] + _SIZES[formed[1]]
     tiles_i, tiles_j, each = grid[1], grid[0], grid[2] // splits
     loads = stores = 0
@@ -120,29 +117,14 @@ def _collect(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     )
 
 
-def _gather(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
-    entries = grid[1] * int(a[6]) * int(a[7])
-    return Traffic(loads=entries * _SIZES[a[1]], stores=entries * _SIZES[a[5]])
-
-
 def _keep(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
-    entries, threads = grid[1] * int(a[7]) * int(a[8]), 256 * grid[0] * grid[1]
-    loads = 4 * threads + entries * (4 + (4 if a[2] is not None else 0))
-    return Traffic(loads=loads, stores=entries * _SIZES[a[4]], exact=False)
+    entries = grid[1] * int(a[5]) * int(a[6])
+    return Traffic(loads=8 * entries, stores=entries * _SIZES[a[2]], exact=False)
 
 
 def _operand(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     entries = grid[1] * int(a[5])
     return Traffic(loads=entries * (4 if a[1] is None else 16), stores=entries * _SIZES[a[4]])
-
-
-def _column_squares(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
-    return Traffic(loads=4 * grid[1] * int(a[2]) * int(a[3]), stores=8 * grid[1] * int(a[3]))
-
-
-def _scale_columns(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
-    entries = grid[1] * int(a[3]) * int(a[4])
-    return Traffic(loads=12 * entries, stores=4 * entries)
 
 
 def _tensors(packed: bytes) -> tuple[int, int]:
@@ -166,16 +148,13 @@ def _find_bad(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
 
 _KERNELS = {
     "form": _form,
-    "tail_rows": _tail_rows,
+    "residual_rows": _residual_rows,
     "apply": _apply,
     "multiply": _multiply,
     "multiply_formed": _multiply,
     "collect": _collect,
-    "gather": _gather,
     "keep": _keep,
     "operand": _operand,
-    "column_squares": _column_squares,
-    "scale_columns": _scale_columns,
     "elementwise": _elementwise,
     "find_bad": _find_bad,
 }
