@@ -21,9 +21,7 @@ class Fused(Protocol):
     ``kept`` belongs to the caller and lives as long as its matrices are stepped: room for tables of them.
     """
 
-    def __call__(
-        self, matrices: Sequence[Matrix], forms: Sequence[Form], kept: dict[Any, Any], /
-    ) -> Sequence[Outcome]:
+    def __call__(self, matrices: Sequence[Matrix], forms: Sequence[Form], kept: dict[Any, Any], /) -> Sequence[Outcome]:
         """Steps them."""
         ...
 
