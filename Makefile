@@ -1,11 +1,11 @@
-# make demo · make test · make bench · make bench-rust · make gpu-check · make lint · make wheel. Each sets up what it needs in .venv.
+# make demo · make test · make test-all · make bench · make bench-rust · make gpu-check · make lint · make wheel. Each sets up what it needs in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find rust -name '*.rs') Cargo.toml pyproject.toml
 
-.PHONY: demo test lint bench bench-rust gpu-check wheel clean setup
+.PHONY: demo test test-all lint bench bench-rust gpu-check wheel clean setup
 
 demo: $(VENV)/built
 	$(BIN)/orthdion compare --preset demo --out runs/demo
@@ -14,6 +14,10 @@ test: $(VENV)/built
 	cargo test --locked
 	ORTHDION_ISA=portable cargo test --locked --quiet -- qr:: step::
 	$(BIN)/python -m pytest
+
+# What make test leaves out, too: long grids, sanitizers, more architectures.
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/built
 	cargo fmt --check
