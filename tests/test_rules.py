@@ -111,6 +111,27 @@ class TestEveryOptimizer:
             assert f.name in inspect.signature(kind).parameters and f"{f.name}: " in kind.__doc__
 
 
+def test_an_optimizer_is_freed_without_the_garbage_collector_and_warnings_point_to_the_caller():
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        for name in OPTIMIZERS:
+            p, v = parameter(randn(12, 8), randn(12, 8)), parameter(randn(5), randn(5))
+            o = orthdion.create(name, [{"params": [p]}, {"params": [v], "algorithm": "adamw"}])
+            o.step()
+            p.grad[0, 0] = float("nan")
+            with pytest.warns(UserWarning, match="NaN or infinity") as caught:
+                o.step()
+            assert caught[0].filename == __file__, name
+            gone = weakref.ref(o)
+            del o
+            assert gone() is None, name
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(
     ("key", "value", "error", "words"),
     [

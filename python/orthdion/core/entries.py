@@ -68,14 +68,14 @@ class Entry:
         """Its matrices (one row, for an elementwise rule) with the local gradient ``g``. ``deferred``: numbers are kept
         where the device reads them.
         """
-        made = self.seen
-        if made is None or not self._lies_as_before(state, layout):
-            self._follow(state, deferred)
-            made = self._look(state, rule, layout, copies)
+        made, known = self.seen, True
         if g.is_neg():
             g = g.resolve_neg()
+        if made is None or not self._lies_as_before(state, layout):
+            self._follow(state, deferred)
+            made, known = self._look(g, state, rule, layout, copies), False
         if self.rule.elementwise:
-            row = _row(g, made[0].x, local(self.p))
+            row = _row(g, made[0].x, local(self.p)) if known else made[0].g
             if row is None:  # the gradient lies otherwise than the weight
                 return self._rows(g, state, layout, copies)
             made[0].g = row
@@ -106,10 +106,10 @@ class Entry:
         p = self.p
         return self._key == (p.data_ptr(), p.shape, p.stride(), layout)
 
-    def _look(self, state: dict[str, Tensor], rule: Rule, layout: Layout, copies: Copies) -> list[Matrix]:
+    def _look(self, g: Tensor, state: dict[str, Tensor], rule: Rule, layout: Layout, copies: Copies) -> list[Matrix]:
         p, before = self.p, len(copies.made)
         if rule.elementwise:
-            found = self._rows(local(p.detach()), state, layout, copies)
+            found = self._rows(g, state, layout, copies)
         else:
             found = self._matrices(state, rule, layout, copies)
         # A DTensor's local part may be another object at each step.
