@@ -1,28 +1,23 @@
-"""Rules as a user would write them."""
-
-from __future__ import annotations
+"""A rule as a user writes one: nothing of the library knows of it."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import orthdion
+from orthdion import Rule, StateSpec
 from orthdion.core.options import number
-from orthdion.core.rule import States
 from orthdion.requests import Body, Matrix, Outcome, Update
 
-__all__ = ["SignedMomentum"]
 
-
-@orthdion.register
 @dataclass(frozen=True)
-class SignedMomentum(orthdion.Rule):
-    """``M ← μM + G``, ``D = sign(M)``"""
+class SignedMomentum(Rule):
+    """Steps by the sign of a momentum."""
 
-    name: ClassVar[str] = "signed-momentum"
-    states: ClassVar[States] = {"momentum": orthdion.StateSpec()}
+    name: ClassVar[str] = "signed-momentum-of-tests"
+    states: ClassVar[dict[str, StateSpec]] = {"momentum": StateSpec()}
 
     mu: float = number(0.9, 0.0, 1.0, doc="μ, the momentum.")
 
     def step(self, w: Matrix) -> Body[Outcome]:
-        m = self.mu * w.read("momentum") + w.gradient
+        """``M ← μM + G``, ``D = sign(M)``"""
+        m = self.mu * w.read("momentum") + self.sign * w.gradient
         return (yield Update(w, m.sign(), self.lr, self.weight_decay, {"momentum": m}))

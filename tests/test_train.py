@@ -1,72 +1,212 @@
-"""The main job, as a user runs it: real processes, kills, damaged files, wrong arguments."""
+"""The main job, as a user runs it: specs, kills, damaged files, wrong arguments."""
 
 import json
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from orthdion.train import TrainConfig, compare, train
+import orthdion
+from orthdion import cli
+from orthdion.train import OptimizerSpec, TrainConfig, compare, train
 from orthdion.train import data as corpora
 from orthdion.train.compare import best
 from orthdion.train.config import PRESETS, learning_rate
 from orthdion.train.gpt import GPT
-from orthdion.train.recipes import RECIPES
+from orthdion.train.specs import averages_factors, build, split_specs
 
 TINY = TrainConfig(
     width=16, layers=1, heads=2, context=16, batch=4, steps=12, eval_every=4, eval_windows=8, checkpoint_every=4
 )
+SHAPE = ["--width", 16, "--layers", 1, "--heads", 2, "--context", 16, "--batch", 4, "--device", "cpu"]
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 100)
     return path
 
 
-def orthdion_cli(*args, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "orthdion.cli", *map(str, args)], capture_output=True, text=True, **options
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    """The folder of a run, and its result; tests that write to it copy it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return out, train(TINY, path=text, out=out)
+
+
+@pytest.fixture
+def orthdion_cli(monkeypatch, capsys):
+    """The command line, in this process: code, stdout and stderr."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["orthdion", *map(str, args)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as e:
+            code = e.code or 0
+        said = capsys.readouterr()
+        return SimpleNamespace(code=code, out=said.out, err=said.err)
+
+    return run
+
+
+# ---------------------------------------------------------------- what is learnt
+
+LEARN = TrainConfig(width=32, layers=1, heads=2, context=24, batch=8, steps=100, eval_every=100, eval_windows=64)
+#: Where the demo's learning rate is none for a hundred steps.
+LEARN_LRS = {"dion": 0.04, "curvadion": 0.04, "adamw": 0.01, "lion": 0.01, "torch.optim:AdamW": 0.01}
+#: Nats a byte that an optimizer must end below a run whose hidden matrices stay as they were drawn.
+MARGIN = 0.05
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    """A text whose next byte takes several of those before it, and the loss of embeddings, norms and head alone."""
+    draw = random.Random(0)
+    words = ["".join(draw.choice("ab") for _ in range(8)) for _ in range(8)]
+    path = tmp_path_factory.mktemp("words") / "words.txt"
+    path.write_text(" ".join(draw.choice(words) for _ in range(3000)))
+    return path, train(LEARN.with_(optimizer="dion", lr=0.0), path=path).validation_loss
+
+
+@pytest.mark.parametrize("name", [*(o.name for o in orthdion.list_optimizers()), "torch.optim:AdamW"])
+def test_every_optimizer_ends_below_a_run_with_frozen_hidden_matrices(name, frozen):
+    path, loss = frozen
+    result = train(LEARN.with_(optimizer=name, lr=LEARN_LRS.get(name)), path=path)
+    assert result.validation_loss < loss - MARGIN
+    assert result.skipped == 0
+
+
+def test_a_learning_rate_of_zero_freezes_the_hidden_matrices_and_nothing_else(text):
+    model = GPT(16, 1, 2, 16)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    (optimizer,) = build(model, TINY.with_(optimizer="dion", lr=0.0))
+    model(torch.randint(0, 256, (2, 16))).square().sum().backward()
+    optimizer.step()
+    still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert still == {n for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim == 2}
+
+
+def test_a_users_own_rule_is_trained_by_the_command_line(tmp_path, text):
+    spec = "my_rules:SignedMomentum:lr=0.003"
+    command = [sys.executable, "-m", "orthdion.cli", "train", "--optimizer", spec, "--steps", 30, *SHAPE]
+    done = subprocess.run(
+        [*map(str, command), "--data", str(text), "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,  # where my_rules.py lies
     )
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_learns(name, text):
-    if name == "muon" and not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
-    result = train(TINY.with_(optimizer=name, steps=60, lr=0.01), path=text)
-    assert result.validation_loss < 3.0 < np.log(256)
-    assert len(result.history) == 15 and result.skipped == 0
-
-
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, text):
-    shape = [
-        "--width",
-        16,
-        "--layers",
-        1,
-        "--heads",
-        2,
-        "--context",
-        16,
-        "--batch",
-        4,
-        "--accumulate",
-        2,
-        "--device",
-        "cpu",
-    ]
-    common = ["train", *shape, "--steps", 400, "--eval-every", 50, "--checkpoint-every", 10, "--data", text]
-    done = orthdion_cli(*common, "--out", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["config"]["optimizer"] == spec
+    assert saved["optimizers"][0]["param_groups"][-1]["algorithm"] in ("signed-momentum-of-tests", "adamw")
+    assert "signed-momentum-of-tests" in {g["algorithm"] for g in saved["optimizers"][0]["param_groups"]}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["validation"] < 3.0 < np.log(256)
+
+
+# ---------------------------------------------------------------- specs
+
+
+def test_specs_have_names_classes_literals_and_words():
+    spec = OptimizerSpec.parse("orth-dion: feedback=(1, 0.7), right_factor=polar,maximize=false,replicate_mesh=None")
+    assert spec.name == "orth-dion" and spec.label == (
+        "orth-dion:feedback=(1,0.7),right_factor=polar,maximize=false,replicate_mesh=None"
+    )
+    assert spec.options == {
+        "feedback": (1, 0.7),
+        "right_factor": "polar",
+        "maximize": False,
+        "replicate_mesh": None,
+    }
+    spec = OptimizerSpec.parse("torch.optim:Muon:matrices_only=true,lr=3e-2")
+    assert (spec.name, spec.options) == ("torch.optim:Muon", {"matrices_only": True, "lr": 0.03})
+    assert spec.folder == "torch.optim-Muon-matrices_only=true-lr=3e-2"
+    assert OptimizerSpec.parse("muon:momentum_dtype=torch.bfloat16").options == {"momentum_dtype": torch.bfloat16}
+    assert split_specs(" dion  orth-dion:feedback=(1, 0.7)\nadamw ") == ["dion", "orth-dion:feedback=(1, 0.7)", "adamw"]
+
+
+@pytest.mark.parametrize(
+    ("text", "lr"),
+    [
+        ("completed-dion", 0.03),
+        ("completed-dion:rank_fraction=0.125", 0.03),
+        ("completed-dion:rank_fraction=0.125,residual=linear", 0.02),
+        ("completed-dion:lr=0.5", 0.5),
+        ("orth-dion:feedback=(1.0,0.7)", 0.04),
+        ("orth-dion:feedback=pure", 0.045),
+        ("torch.optim:Muon:matrices_only=true,nesterov=false", 0.03),
+        ("torch.optim:SGD", None),
+        ("lion", None),
+    ],
+)
+def test_a_spec_without_a_learning_rate_has_that_of_the_nearest_swept_one(text, lr):
+    assert OptimizerSpec.parse(text).lr(None) == lr
+    assert OptimizerSpec.parse(text).lr(lr) == lr
+
+
+def test_two_learning_rates_are_refused():
+    with pytest.raises(ValueError, match=r"lr is given twice: 0.1 in optimizer 'dion:lr=0.1', and 0.2"):
+        OptimizerSpec.parse("dion:lr=0.1").lr(0.2)
+
+
+def test_options_of_the_run_are_passed_on_where_the_spec_is_silent():
+    config = TINY.with_(rank_fraction=0.5, weight_decay=0.07, seed=3)
+    (own,) = build(GPT(16, 1, 2, 16), config.with_(optimizer="orth-dion:weight_decay=0.02"))
+    assert own.defaults["rank_fraction"] == 0.5 and own.defaults["weight_decay"] == 0.02
+    assert {g["lr"] for g in own.param_groups} == {0.045, config.scalar_lr}
+    (muon,) = build(GPT(16, 1, 2, 16), config.with_(optimizer="muon"))
+    assert muon.defaults["weight_decay"] == 0.07 and "rank_fraction" not in muon.defaults
+    (adamw,) = build(GPT(16, 1, 2, 16), config.with_(optimizer="adamw"))
+    assert {g["lr"] for g in adamw.param_groups} == {0.0025}
+
+
+def test_other_peoples_classes_get_all_parameters_or_the_hidden_matrices():
+    model = GPT(16, 1, 2, 16)
+    (adamw,) = build(model, TINY.with_(optimizer="torch.optim:AdamW"))
+    assert {id(p) for g in adamw.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    assert all(g["weight_decay"] == 0.0 for g in adamw.param_groups for p in g["params"] if p.ndim == 1)
+    sgd, rest = build(model, TINY.with_(optimizer="torch.optim:SGD:matrices_only=true,momentum=0.9"))
+    assert {p.shape for g in sgd.param_groups for p in g["params"]} == {(16, 16), (64, 16), (16, 64)}
+    assert isinstance(rest, torch.optim.AdamW) and {g["lr"] for g in rest.param_groups} == {TINY.scalar_lr}
+    together = [p for o in (sgd, rest) for g in o.param_groups for p in g["params"]]
+    assert {id(p) for p in together} == {id(p) for p in model.parameters()}
+    (same,) = build(model, TINY.with_(optimizer="orthdion:OrthDion"))
+    assert type(same) is orthdion.OrthDion
+
+
+def test_replicas_keep_their_gradients_where_the_rule_averages_factors():
+    kinds = (orthdion.OrthDion, orthdion.Dion, orthdion.CurvaDion, orthdion.CompletedDion, orthdion.Muon)
+    assert [averages_factors(kind.rule) for kind in kinds] == [True, True, True, False, False]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, text, orthdion_cli):
+    common = ["train", *SHAPE, "--accumulate", 2, "--steps", 120, "--eval-every", 10, "--checkpoint-every", 5]
+    common += ["--data", text, "--optimizer", "completed-dion:rank_fraction=0.5"]
+    done = orthdion_cli(*common, "--out", tmp_path / "whole")
+    assert done.code == 0, done.err
     broken = tmp_path / "broken"
     process = subprocess.Popen(
-        [sys.executable, "-m", "orthdion.cli", *map(str, common), "--out", str(broken)], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "orthdion.cli", *map(str, common), "--out", str(broken)],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},  # as here
     )
     deadline = time.monotonic() + 120
     while not (broken / "metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -74,9 +214,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, text):
     process.send_signal(signal.SIGKILL)
     process.wait()
     interrupted = torch.load(broken / "checkpoint.pt", weights_only=True)["step"]
-    assert interrupted < 400
+    assert interrupted < 120
     again = orthdion_cli(*common, "--out", broken, "--resume")
-    assert again.returncode == 0, again.stderr
+    assert again.code == 0, again.err
     states = [torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in ("whole", "broken")]
     assert all(torch.equal(states[0]["model"][k], states[1]["model"][k]) for k in states[0]["model"])
     rows = [
@@ -89,11 +229,10 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, text):
     assert (broken / "loss.png").stat().st_size > 10_000
 
 
-def test_damaged_foreign_and_missing_checkpoints_are_refused(tmp_path, text):
-    out = tmp_path / "run"
+def test_damaged_foreign_and_missing_checkpoints_are_refused(tmp_path, text, finished):
     with pytest.raises(ValueError, match="no checkpoint"):
-        train(TINY, path=text, out=out, resume=True)
-    train(TINY, path=text, out=out)
+        train(TINY, path=text, out=tmp_path / "nothing", resume=True)
+    out = shutil.copytree(finished[0], tmp_path / "run")
     whole = (out / "checkpoint.pt").read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:100], b"", b"not a checkpoint"):
         (out / "checkpoint.pt").write_bytes(damaged)
@@ -106,6 +245,37 @@ def test_damaged_foreign_and_missing_checkpoints_are_refused(tmp_path, text):
     (out / "checkpoint.pt").write_bytes(whole)
     with pytest.raises(ValueError, match=r"another run, with width=16 \(now 32\)"):
         train(TINY.with_(width=32), path=text, out=out, resume=True)
+    with pytest.raises(ValueError, match=r"optimizer='completed-dion' \(now 'dion'\)"):
+        train(TINY.with_(optimizer="dion"), path=text, out=out, resume=True)
+
+
+def test_an_earlier_run_is_kept_unless_it_may_be_overwritten(tmp_path, text, finished, orthdion_cli):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    refused = orthdion_cli("train", *SHAPE, "--data", text, "--out", out)
+    said = " ".join(refused.err.split())
+    assert refused.code == 2 and "holds an earlier run" in said
+    assert all(remedy in said for remedy in ("--resume", "another --out", "--overwrite"))
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+    (out / "checkpoint.pt").rename(out / "latest.json")  # as of several processes
+    assert orthdion_cli("train", *SHAPE, "--data", text, "--out", out).code == 2
+    again = orthdion_cli("train", *SHAPE, "--data", text, "--out", out, "--overwrite", "--steps", 2, "--seed", 3)
+    assert again.code == 0, again.err
+    assert [r["step"] for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())] == [2]
+    assert not (out / "latest.json").exists()
+
+
+def test_another_text_is_refused_and_a_finished_run_resumes_to_its_result(tmp_path, text, finished):
+    out, first = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
+    other = tmp_path / "other.txt"
+    other.write_bytes(b"something else entirely, " * 200)
+    with pytest.raises(ValueError, match="another text"):
+        train(TINY, path=other, out=out, resume=True)
+    again = train(TINY, path=text, out=out, resume=True)
+    assert again.history == first.history and again.validation_loss == first.validation_loss
+
+
+# ---------------------------------------------------------------- texts, schedule, model
 
 
 @pytest.mark.parametrize("make", ["missing", "empty file", "empty folder", "too short", "one file"])
@@ -141,19 +311,20 @@ def test_the_standard_library_is_always_there():
 
 
 def test_compare_starts_alike_writes_figures_and_picks_the_best_rate(tmp_path, text):
-    results = compare(TINY, ["adamw", "orth-dion"], [0.0, 0.01], path=text, out=tmp_path)
-    assert [(r.config.optimizer, r.lr) for r in results] == [
-        ("adamw", 0.0),
-        ("adamw", 0.01),
-        ("orth-dion", 0.0),
-        ("orth-dion", 0.01),
-    ]
+    specs = ["adamw", "orth-dion:feedback=(1,0.7)"]
+    results = compare(TINY, specs, [0.0, 0.01], path=text, out=tmp_path)
+    assert [(r.config.optimizer, r.lr) for r in results] == [(spec, lr) for spec in specs for lr in (0.0, 0.01)]
     assert [r.lr for r in best(results)] == [0.01, 0.01]
+    assert {f.name for f in tmp_path.iterdir() if f.is_dir()} == {
+        *("adamw-0", "adamw-0.01", "orth-dion-feedback=-1-0.7-0", "orth-dion-feedback=-1-0.7-0.01")
+    }
     saved = json.loads((tmp_path / "comparison.json").read_text())
     assert [r["validation_loss"] for r in saved["runs"]] == [r.validation_loss for r in results]
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="optimizers must be"):
+    with pytest.raises(ValueError, match="did you mean 'adamw'"):
         compare(TINY, ["adam"], path=text)
+    with pytest.raises(ValueError, match="optimizers must name"):
+        compare(TINY, [], path=text)
 
 
 def test_the_schedule_warms_up_and_ends_near_zero():
@@ -187,22 +358,55 @@ def test_the_model_is_causal_and_its_start_depends_on_the_seed_alone():
         (["train", "--seed", "-1"], "seed must be"),
         (["train", "--rank-fraction", "7"], "rank_fraction must be"),
         (["train", "--device", "nonsense"], "cannot be used"),
-        (["compare", "--optimizers", "sgd"], "optimizers must be"),
+        (["train", "--optimizer", "completed-dion:rank_frac=0.1"], "did you mean 'rank_fraction'"),
+        (["train", "--optimizer", "torch.optim:AdamW:betta=1"], "did you mean 'betas'"),
+        (["train", "--optimizer", "torch.optim:AdamX"], "did you mean 'Adam'"),
+        (["train", "--optimizer", "torch.optim:Muon"], "matrices_only=true"),
+        (["train", "--optimizer", "torch.optim:lr_scheduler"], "neither a torch.optim.Optimizer nor"),
+        (["train", "--optimizer", "nowhere:Rule"], "nowhere cannot be imported"),
+        (["train", "--optimizer", "dion:lr"], "write dion:key=value"),
+        (["train", "--optimizer", "dion:lr=(1"], "neither a Python literal nor a word"),
+        (["train", "--optimizer", "dion:lr=1,lr=2"], "gives lr twice"),
+        (["train", "--optimizer", "dion:lr=1", "--lr", "2"], "lr is given twice"),
+        (["compare", "--optimizers", "sgd"], "optimizer must be one of"),
+        (["compare", "--optimizers", "orth-dion,muon"], "separate several by spaces"),
         (["compare", "--lrs", "a,b"], "numbers separated by commas"),
         (["train", "--resume", "--out", "nowhere"], "no checkpoint"),
     ],
 )
-def test_the_command_line_answers_mistakes_in_one_line(args, words, tmp_path):
-    done = orthdion_cli(*args, cwd=tmp_path)
-    assert done.returncode == 2
-    assert words in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+def test_the_command_line_answers_mistakes_in_one_line(args, words, tmp_path, orthdion_cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = orthdion_cli(*args)
+    assert done.code == 2
+    assert words in " ".join(done.err.split()) and "Traceback" not in done.err
     assert not list(tmp_path.iterdir())
 
 
-def test_doctor_and_recipes_tell():
+def test_doctor_and_list_tell(orthdion_cli):
     done = orthdion_cli("doctor", "--quick")
-    assert done.returncode == 0 and "instruction set" in done.stdout and "rust: CPU tensors" in done.stdout
-    assert "muon" in orthdion_cli("recipes").stdout
+    assert done.code == 0 and "instruction set" in done.out and "rust: CPU tensors" in done.out
+    listed = orthdion_cli("list").out
+    assert all(name in listed for name in ("completed-dion", "orth-dion", "dion", "curvadion", "muon", "adamw", "lion"))
+    assert "2605.16341" in listed and "12mnr" in listed
+
+
+def test_train_and_compare_take_the_same_options_of_a_run(orthdion_cli):
+    for command in ("train", "compare"):
+        shown = orthdion_cli(command, "--help").out
+        assert all(
+            f"--{name}" in shown for name in ("preset", "steps", "schedule", "rank-fraction", "checkpoint-every")
+        )
+
+
+def test_compare_on_the_command_line_takes_specs_separated_by_spaces(tmp_path, text, orthdion_cli):
+    common = ["--steps", 3, *SHAPE, "--data", text, "--out", tmp_path]
+    done = orthdion_cli("compare", "--optimizers", "torch.optim:AdamW  orth-dion:feedback=(1, 0.7)", *common)
+    assert done.code == 0, done.err
+    runs = json.loads((tmp_path / "comparison.json").read_text())["runs"]
+    assert [(r["config"]["optimizer"], r["lr"]) for r in runs] == [
+        ("torch.optim:AdamW", 0.0025),
+        ("orth-dion:feedback=(1, 0.7)", 0.04),
+    ]
 
 
 def test_presets_have_the_sizes_they_name():
@@ -219,20 +423,6 @@ def test_a_diverged_run_is_told_and_loses_to_every_other(tmp_path, text):
     assert saved["runs"][0]["validation_loss"] is None
     only = compare(TINY, ["adamw"], [1e30], path=text, out=tmp_path / "only")
     assert (tmp_path / "only" / "comparison.png").exists() and len(only) == 1
-
-
-def test_another_text_is_refused_and_a_fresh_start_clears_the_folder(tmp_path, text):
-    out = tmp_path / "run"
-    train(TINY, path=text, out=out)
-    other = tmp_path / "other.txt"
-    other.write_bytes(b"something else entirely, " * 200)
-    with pytest.raises(ValueError, match="another text"):
-        train(TINY, path=other, out=out, resume=True)
-    train(TINY.with_(steps=2, eval_every=5, checkpoint_every=5, seed=3), path=text, out=out, progress=lambda *_: None)
-    assert [r["step"] for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())] == [2]
-    first = train(TINY, path=text, out=out)
-    again = train(TINY, path=text, out=out, resume=True)
-    assert again.history == first.history and again.validation_loss == first.validation_loss
 
 
 def test_a_sweep_with_a_mistake_stops_before_the_first_run(tmp_path, text):

@@ -47,9 +47,9 @@ def die_in(what: str, out: str) -> str:
     """Rank 1 is killed in the middle of a step, or of a checkpoint; what the others see."""
     if dist.get_rank() == 1:
         if what == "step":
-            from orthdion.optim import step
+            from orthdion.optim import completed_dion
 
-            step._warm_start = lambda *args: os._exit(1)  # P and R have been sent, nothing has been written
+            completed_dion.next_q = lambda *args: os._exit(1)  # P and R have been sent, nothing has been written
         else:
             from orthdion.train import sharded
 
@@ -66,7 +66,7 @@ def init_step_changes_nothing(mode: str) -> None:
     from torch.distributed.checkpoint.state_dict import _init_optim_state
 
     import orthdion
-    from orthdion.sharding import local
+    from orthdion.distributed import local
     from orthdion.train.gpt import GPT
 
     model = Parallel.start(mode, "cpu").wrap(GPT(32, 2, 2, 32))

@@ -80,11 +80,11 @@ def train(
         raise ValueError(
             f"out: {out} holds an earlier run; pass --resume to continue it, another --out, or --overwrite"
         )
-    corpus = corpus or data.load(path, config.context)
     config = config.with_(lr=OptimizerSpec.parse(config.optimizer).lr(config.lr))
     device, alone = parallel.device, parallel.mode is None
     model = parallel.wrap(GPT(config.width, config.layers, config.heads, config.context, config.seed).to(device))
-    optimizers = build(model, config)
+    optimizers = build(model, config)  # before the text is read: a mistake is told at once
+    corpus = corpus or data.load(path, config.context)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     rows: list[dict[str, Any]] = []
     first = 0

@@ -53,7 +53,7 @@ DEMO_LRS: dict[str, float] = {
     "torch.optim:AdamW": 0.0025,
 }
 
-_SPEC = re.compile(r"(?P<name>[^=]*?)(:(?P<options>[A-Za-z_]\w*\s*=.*))?", re.DOTALL)
+_SPEC = re.compile(r"(?P<name>[^=]*?)(:\s*(?P<options>[A-Za-z_]\w*\s*=.*))?", re.DOTALL)
 _WORDS = {"true": True, "false": False, "none": None}
 _OPEN, _CLOSED = "([{", ")]}"
 
