@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import gradient, randn, same_on_all
+from cases import gradient, randn, replaced, same_on_all
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -156,19 +156,17 @@ def clipping() -> tuple[float, float]:
 
 def saved_by_one_rank() -> str:
     """state_dict() on one rank only is refused, in time."""
-    from orthdion.sharding import groups
+    from orthdion.distributed import meet
 
     p = nn.Parameter(randn(40, 30, seed=1, dtype=torch.float64))
     o = orthdion.OrthDion([p], replicate_mesh=dist.group.WORLD, rank_fraction=0.1)
     p.grad = gradient((40, 30), 0, 0, dist.get_rank(), torch.float64).clone()
     o.step()
-    original = groups.meet.__defaults__
-    groups.meet.__defaults__ = (1.0,)
     message = ""
-    if dist.get_rank() == 0:
-        try:
-            o.state_dict()
-        except RuntimeError as e:
-            message = str(e)
-    groups.meet.__defaults__ = original
+    with replaced(meet, "__defaults__", (1.0,)):
+        if dist.get_rank() == 0:
+            try:
+                o.state_dict()
+            except RuntimeError as e:
+                message = str(e)
     return message

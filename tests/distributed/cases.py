@@ -97,7 +97,7 @@ def full(t: Tensor) -> Tensor:
 
 
 def build(params: Any, options: dict[str, Any], **more: Any) -> Any:
-    """The optimizer that ``options["optimizer"]`` names; OrthDion if it names none, or with a residual CompletedDion."""
+    """The optimizer that ``options["optimizer"]`` names. If it names none: OrthDion, or CompletedDion with a residual."""
     options = {"lr": 0.05, "weight_decay": 0.1, **options, **more}
     completed = {"residual", "residual_scale", "nesterov"} & options.keys()
     name = options.pop("optimizer", "completed-dion" if completed else "orth-dion")
@@ -134,9 +134,9 @@ def distance(t: Tensor, expected: Tensor, least: float = 1e-30) -> float:
     to ``least`` if that is more.
     """
     assert t.shape == expected.shape, (t.shape, expected.shape)
-    part = expected
+    part = expected = expected.detach()
     if isinstance(t, DTensor):
-        part = local(sharded(expected.detach(), t.device_mesh, t.placements))
+        part = local(sharded(expected, t.device_mesh, t.placements))
     here = local(t.detach())
     assert here.shape == part.shape, (here.shape, part.shape)
     return float((here - part).double().norm() / expected.double().norm().clamp_min(least))
@@ -180,7 +180,8 @@ def copies_agree(tensors: list[Tensor], group: Any = None) -> bool:
         groups = [] if group is None else [group]
         if isinstance(t, DTensor):
             groups += [t.device_mesh.get_group(d) for d, at in enumerate(t.placements) if at.is_replicate()]
-        good &= all([same_on_all([local(t.detach())], g) for g in groups])
+        for g in groups:  # every rank asks every group, whatever it has found so far
+            good &= same_on_all([local(t.detach())], g)
     return good
 
 

@@ -21,8 +21,10 @@ def test_a_gradient_may_be_missing_at_the_first_step(world):
     world(2).run(troubles.missing_at_the_first_step)
 
 
-def test_experts_without_a_gradient_stay_and_all_ranks_clip_alike(world):
-    world(2).run(troubles.experts_without_a_gradient)
+@pytest.mark.parametrize("poisoned", [False, True], ids=["missing", "NaN"])
+@pytest.mark.parametrize("name", ["orth-dion", "muon", "completed-dion", "signed-momentum"])
+def test_experts_without_a_gradient_stay_and_all_ranks_clip_alike(world, name, poisoned):
+    world(2).run(troubles.experts_without_a_gradient, name, poisoned)
 
 
 @pytest.mark.parametrize("count", [3, 5])
@@ -41,7 +43,7 @@ def test_the_scale_of_the_gradient_does_not_matter(world):
 
 def test_what_cannot_be_handled_is_refused_by_name(world):
     expected = [
-        ("ValueError", "tail='normalized'"),
+        ("ValueError", "the completed step"),
         ("ValueError", "one dimension"),
         ("TypeError", "replicate_mesh"),
         ("ValueError", "same ranks"),
