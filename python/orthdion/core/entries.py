@@ -6,8 +6,10 @@ small matrix. It is made anew when a tensor has been replaced, or lies elsewhere
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -176,14 +178,12 @@ class Entry:
 
     def _extents(self, k: int, count: int, m: int, n: int) -> list[Extent]:
         """What each rank of the shards has of matrix ``k``."""
-        found = []
-        stacked = self.p.ndim == 3 and not self.group["flatten"]
-        for ranges in self.placed.ranges_over_shards():
-            (top, bottom), (left, right) = (ranges[1], ranges[2]) if stacked else (ranges[0], (0, n))
-            if not stacked and self.p.ndim >= 2:
-                width = n // self.p.shape[1] if self.p.shape[1] else 0
-                left, right = (edge * width for edge in ranges[1])
-            if not stacked and count > 1:
+        found, first = [], 1 if self.p.ndim == 3 and not self.group["flatten"] else 0
+        every = self.placed.ranges_over_shards()
+        columns = _side_by_side({ranges[first + 1 :] for ranges in every})
+        for ranges in every:
+            (top, bottom), (left, right) = ranges[first], columns[ranges[first + 1 :]]
+            if first == 0 and count > 1:
                 ((a, b),) = matrices.bounds(count, m, top, bottom - top)[k : k + 1]
                 top, bottom = top + a - k * m, top + b - k * m
                 top, bottom = (top, bottom) if a < b else (0, 0)
@@ -199,6 +199,15 @@ def _row(g: Tensor, x: Tensor, p: Tensor) -> Tensor | None:
         return g.view(1, -1)
     found = matrices.flat([p, g])
     return None if found is None else found[1]
+
+
+def _side_by_side(parts: set[tuple[tuple[int, int], ...]]) -> dict[tuple[tuple[int, int], ...], tuple[int, int]]:
+    """Columns for the parts into which ranks cut the axes of the columns. A convolution's come in the order of the
+    parts: nothing that is done with a whole matrix knows an order of its columns.
+    """
+    order = sorted(parts)
+    ends = list(accumulate(math.prod(b - a for a, b in part) for part in order))
+    return dict(zip(order, zip([0, *ends], ends, strict=False), strict=True))
 
 
 def _cut(
