@@ -1,6 +1,6 @@
 """The library's factorisations on NumPy and CuPy arrays and torch tensors: same signature, same results.
 
-CPU data goes to the Rust core without a copy; what is on other devices is served by the reference backend. Leading
+CPU data goes to the Rust core without a copy; what is on other devices is served by the torch backend. Leading
 axes are batches. Accuracy, for any conditioning: ``‖VᵀV − I‖`` and ``‖A − V T‖/‖A‖`` at most 30·√r·u on the
 directions that are not null, u the roundoff of the input's precision (2⁻²⁴ for bfloat16 and float16 too, before their
 result is rounded).

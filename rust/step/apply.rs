@@ -1,7 +1,7 @@
 //! The writing half of a step: weights and buffer, a panel of rows at a time.
 //!
 //! A panel's M and G are read while they are still in cache from the panel's weights. The only temporary is the
-//! normalised tail's panel, which stays in the second-level cache for up to some thousands of columns.
+//! normalised residual's panel, which stays in the second-level cache for up to some thousands of columns.
 
 use super::{Noise, Options, Tail};
 use crate::gemm::{Context, Packed, Product, Terms};
@@ -54,7 +54,7 @@ impl<'a, T: Real> Side<'a, T> {
     }
 }
 
-/// The tail of this step, reduced to numbers.
+/// The residual of this step, reduced to numbers.
 pub(super) enum Plan<'a> {
     None,
     /// `α·T`
@@ -109,7 +109,7 @@ pub(super) fn apply<T: Real>(
     noise: Noise,
 ) {
     let plan = plan(o, f, e, noise);
-    // The linear tail joins the head: P Vᵀ + α(B − P Rᵀ) = P (V − αR)ᵀ + αB.
+    // The linear residual joins the head: P Vᵀ + α(B − P Rᵀ) = P (V − αR)ᵀ + αB.
     let joined = match plan {
         Plan::Linear(alpha) => {
             let mut u = Scratch::<T>::new(f.v.rows * f.v.cols);
@@ -122,7 +122,7 @@ pub(super) fn apply<T: Real>(
     write::<T>(cx, o, scale, x, m, g, &Factors { v: u, ..*f }, &plan);
 }
 
-/// The same with the tail planned, and joined to `f.v` if it is linear.
+/// The same with the residual planned, and joined to `f.v` if it is linear.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn write<T: Real>(
     cx: Context,

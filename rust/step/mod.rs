@@ -5,7 +5,7 @@
 //! B  = M⁺, or κM⁺ + G                 Nesterov's look-ahead
 //! P  = orth(B Q),  R = Bᵀ P           one power iteration
 //! V  = right_factor(R)
-//! D  = P Vᵀ + tail(B − P Rᵀ)
+//! D  = P Vᵀ + residual(B − P Rᵀ)
 //! X  = (1 − ηλ)·X − η·scale·D
 //! M  = a·M⁺ − (a − b)·P (M⁺ᵀ P)ᵀ
 //! Q  = V, with null directions kept orthonormal
@@ -54,7 +54,7 @@ pub struct Options {
     pub right: RightFactor,
     /// What happens to the residual.
     pub tail: Tail,
-    /// c, the root mean square that the tail's singular values get.
+    /// c, the root mean square that the residual's singular values get.
     pub tail_scale: f64,
     /// κ of the look-ahead, if any.
     pub nesterov: Option<f64>,
@@ -111,9 +111,9 @@ struct Noise {
     left: f64,
     /// The same for R.
     right: f64,
-    /// With less than this share of B's energy there is no tail.
+    /// With less than this share of B's energy there is no residual.
     tail: f64,
-    /// Rows and columns whose tail has less than this share of B's energy there fade out.
+    /// Rows and columns whose residual has less than this share of B's energy there fade out.
     fade: f64,
 }
 
@@ -273,7 +273,7 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
         noise,
     );
     if right.null.iter().all(|&null| null) {
-        return report; // nothing was learnt: Q stays, to the bit
+        return report; // nothing was learnt: Q stays, bit-exact
     }
     if right.null.iter().any(|&null| null) {
         right::keep_null(cx, o, &right.null, MatMut::row_major(&mut v, n, r), matrix.q.as_ref());

@@ -119,7 +119,7 @@ pub fn largest(cx: Context, sums: Vec<Sum<'_>>) -> Vec<f64> {
 /// A matrix of [`writes`].
 #[derive(Debug)]
 pub struct Write<'a> {
-    /// Hyperparameters; the tail is none or linear.
+    /// Hyperparameters; the residual is none or linear.
     pub options: Options,
     /// What multiplies η.
     pub scale: f64,
@@ -169,7 +169,7 @@ impl Write<'_> {
         }
         if self.options.tail == Tail::Normalized {
             return Err(Error::Value {
-                why: "a normalized tail has sums of its own between the halves".into(),
+                why: "a normalized residual has sums of its own between the halves".into(),
             });
         }
         Ok(())
@@ -178,7 +178,7 @@ impl Write<'_> {
     /// `X ← (1 − ηλ)X − η·scale·(P Uᵀ + α·B)`, `M ← a·M⁺ − (a − b)·P Wᵀ/size`, where B is scaled by `size`.
     ///
     /// # Errors
-    /// [`Error::Shape`] if shapes do not fit, [`Error::Value`] for a normalized tail; then nothing has been written.
+    /// [`Error::Shape`] if shapes do not fit, [`Error::Value`] for a normalized residual; then nothing has been written.
     pub fn run<T: Real>(self, cx: Context) -> Result<(), Error> {
         self.check()?;
         let Write { options: o, scale, x, g, m, factors: [p, u, w], alpha, size } = self;

@@ -47,6 +47,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
 }
 #: Those in which ranks hold copies of the same weights.
 COPIES = ("replicated", "hsdp")
+#: How far states may be from one process's: in single precision Q has lost digits that the weights do not see.
+STATES = {torch.float64: 1e-10, torch.float32: 5e-3}
 _LOCAL: dict[str, Any] = (
     {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
 )
@@ -97,7 +99,7 @@ def full(t: Tensor) -> Tensor:
 
 
 def build(params: Any, options: dict[str, Any], **more: Any) -> Any:
-    """The optimizer that ``options["optimizer"]`` names. If it names none: OrthDion, or CompletedDion with a residual."""
+    """The optimizer that ``options["optimizer"]`` names; else OrthDion, or with a residual CompletedDion."""
     options = {"lr": 0.05, "weight_decay": 0.1, **options, **more}
     completed = {"residual", "residual_scale", "nesterov"} & options.keys()
     name = options.pop("optimizer", "completed-dion" if completed else "orth-dion")
@@ -202,7 +204,9 @@ def spread(factorizations: bool) -> Any:
 
 
 def layout_equals_one_process(layout: str, shapes, steps, dtype, options) -> tuple[float, bool, Any]:
-    """Relative error of weights and states, whether copies are the same bits, and what was sent."""
+    """Relative error of the weights, whether copies are the same bits, and what was sent. States are held to
+    :data:`STATES`.
+    """
     shape, placements = LAYOUTS[layout]
     where = mesh(shape)
     params = [
@@ -216,8 +220,8 @@ def layout_equals_one_process(layout: str, shapes, steps, dtype, options) -> tup
             o.step()
     weights, states = reference(shapes, steps, 1, dtype, options)
     found = [dict(o.state[p]) for p in params]
-    error = max(errors(params, weights), state_errors(found, states))
-    return error, copies_agree([*params, *(t for s in found for t in s.values())]), o.communication()
+    assert state_errors(found, states) < STATES[dtype]
+    return errors(params, weights), copies_agree([*params, *(t for s in found for t in s.values())]), o.communication()
 
 
 def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> tuple[float, bool, Any]:
@@ -247,7 +251,8 @@ def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> t
     weights, states = reference(shapes, steps, count, dtype, options)
     found = [dict(o.state[p]) for p in params]
     agree &= copies_agree([t for s in found for t in s.values()], handle)
-    return max(errors(params, weights), state_errors(found, states)), agree, sent
+    assert state_errors(found, states) < STATES[dtype]
+    return errors(params, weights), agree, sent
 
 
 #: shape, group keys, placement

@@ -54,12 +54,12 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
 
     from each rank's own gradient. If it is above ``threshold`` for any layer on any rank, all take a synchronised Dion
     step; otherwise each takes a local step: X ← X − η_local·G and M ← μM + G (the paper's text), or a Dion step on its
-    own gradient (the authors' code). The decision costs one number on the wire.
+    own gradient (the authors' code). The decision costs one communicated number.
 
     Replicas drift apart in local steps. Before a synchronised step their weights are averaged, so that after it they
-    are equal to the bit; the paper does not say how they come together, and its code does not do it. An averaged weight
-    costs m·n words, so a synchronised step after local ones sends more than Dion's: see :meth:`communication` for what
-    is really sent, and :meth:`synchronisation` for rate and drift. Before ``model.state_dict()`` call
+    are equal, bit-exact; the paper does not say how they come together, and its code does not do it. An averaged weight
+    costs m·n elements, so a synchronised step after local ones sends more than Dion's: see :meth:`communication` for
+    what is really sent, and :meth:`synchronisation` for how often and for the drift. Before ``model.state_dict()`` call
     :meth:`synchronize_for_checkpoint` on every rank.
 
     Args:
