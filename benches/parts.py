@@ -125,15 +125,20 @@ def _parameters(shapes: list[tuple[int, int]]) -> list[nn.Parameter]:
     return params
 
 
-FORMS: dict[str, tuple[dict[str, Any], float]] = {
-    # keyword arguments of OrthDion, and mnr flops
-    "orth-dion": ({}, 8),
-    "dion": ({"right_factor": "column", "feedback": "dion"}, 8),
-    "linear": ({"tail": "linear"}, 6),
-    "normalized": ({"tail": "normalized"}, 12),
-    "orth-dion bfloat16": ({"compute_dtype": "bfloat16"}, 8),
-    "normalized bfloat16": ({"tail": "normalized", "compute_dtype": "bfloat16"}, 12),
+FORMS: dict[str, tuple[str, dict[str, Any], float]] = {
+    # a registered name, its options, and mnr flops
+    "orth-dion": ("orth-dion", {}, 8),
+    "dion": ("dion", {}, 8),
+    "linear": ("completed-dion", {"residual": "linear"}, 6),
+    "normalized": ("completed-dion", {}, 12),
+    "orth-dion bfloat16": ("orth-dion", {"compute_dtype": "bfloat16"}, 8),
+    "normalized bfloat16": ("completed-dion", {"compute_dtype": "bfloat16"}, 12),
 }
+
+
+def _form(name: str, shapes: list[tuple[int, int]], fraction: float) -> orthdion.MatrixOptimizer:
+    kind, options, _ = FORMS[name]
+    return orthdion.create(kind, _parameters(shapes), rank_fraction=fraction, **options)
 
 
 #: Seconds a step beyond which a peer is left out of an alternation, which has to call it several times.
@@ -154,6 +159,26 @@ def _muon(machine: Machine, shapes: list[tuple[int, int]]) -> tuple[Callable[[],
     return torch.optim.Muon(_parameters(shapes)).step, ""
 
 
+def _eager_muon(params: list[nn.Parameter]) -> Callable[[], object]:
+    """Muon as one writes it by hand in eager torch, with products in single precision."""
+    momenta = [torch.zeros_like(p) for p in params]
+
+    @torch.no_grad()
+    def step() -> None:
+        for p, m in zip(params, momenta, strict=True):
+            m.lerp_(p.grad, 0.05)
+            x = p.grad.lerp(m, 0.95)
+            flip = x.shape[0] > x.shape[1]
+            x = x.T if flip else x
+            x = x / x.norm().clamp_min(1e-7)
+            for _ in range(5):
+                gram = x @ x.T
+                x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+            p.mul_(1 - 2e-4).sub_(x.T if flip else x, alpha=0.02 * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+    return step
+
+
 def _peers(
     machine: Machine, shapes: list[tuple[int, int]], r: int, width: int
 ) -> tuple[dict[str, Callable[[], object]], list[str]]:
@@ -163,8 +188,9 @@ def _peers(
     missing = [why] if muon is None else []
     if muon is not None:
         peers["torch Muon"] = muon
-    reference = orthdion.OrthDion(_parameters(shapes), rank_fraction=r / width, backend="reference")
-    peers["orthdion reference"] = reference.step
+    peers["eager Muon, float32"] = _eager_muon(_parameters(shapes))
+    plain = orthdion.OrthDion(_parameters(shapes), rank_fraction=r / width, backend="torch")
+    peers["orthdion in torch"] = plain.step
     try:
         from dion.dion import Dion
         from dion.dion2 import Dion2
@@ -204,21 +230,19 @@ def step(machine: Machine, seconds: float) -> Iterator[Row]:
     shapes = _block(768)
     for fraction in (1 / 16, 1 / 8, 1 / 4):
         r = round(768 * fraction)
-        candidates: dict[str, Callable[[], object]] = {
-            name: orthdion.OrthDion(_parameters(shapes), rank_fraction=fraction, **options).step
-            for name, (options, _) in FORMS.items()
-        }
+        candidates: dict[str, Callable[[], object]] = {name: _form(name, shapes, fraction).step for name in FORMS}
         peers, missing = _peers(machine, shapes, r, 768)
-        candidates["AdamW (orthdion)"] = orthdion.Dion([{"params": _parameters(shapes), "algorithm": "adamw"}]).step
+        candidates["AdamW (orthdion)"] = orthdion.AdamW(_parameters(shapes)).step
+        candidates["Muon (orthdion)"] = orthdion.Muon(_parameters(shapes)).step
         now, samples = _metered(machine, {**candidates, **peers}, 8 * seconds)
         floors: dict[str, float] = {}
-        for name, (_, flops) in FORMS.items():
+        for name, (_, _, flops) in FORMS.items():
             rate = now.rounded if "bfloat16" in name else None
             floors[name] = sum(now.floor(*s, r, flops, rate) for s in shapes)
         # AdamW reads X, G, M, V and writes three of them: 28 bytes an entry.
         traffic = 28 * sum(m * n for m, n in shapes) / now.copy / 1e6
         floors |= {"AdamW (orthdion)": traffic, "torch AdamW": traffic}
-        peer = next(p for p in ("microsoft dion_simple", "orthdion reference") if p in samples)
+        peer = next(p for p in ("microsoft dion_simple", "orthdion in torch") if p in samples)
         notes = {name: f"first {s.first:.0f} ms" for name, s in samples.items()}
         yield from rows_of("step", f"GPT block 768, r/d = 1/{round(1 / fraction)}", samples, peer, floors, notes)
         for text in missing:
@@ -236,7 +260,7 @@ def small(machine: Machine, seconds: float) -> Iterator[Row]:
             machine,
             {
                 "orth-dion": orthdion.OrthDion(_parameters(shapes)).step,
-                "orthdion reference": orthdion.OrthDion(_parameters(shapes), backend="reference").step,
+                "orthdion in torch": orthdion.OrthDion(_parameters(shapes), backend="torch").step,
                 "torch AdamW": torch.optim.AdamW(_parameters(shapes)).step,
             },
             4 * seconds,
@@ -244,7 +268,7 @@ def small(machine: Machine, seconds: float) -> Iterator[Row]:
         )
         floor = sum(now.floor(*s, 16) for s in shapes)
         notes = {name: f"first {s.first:.0f} ms" for name, s in samples.items()}
-        yield from rows_of("small", case, samples, "orthdion reference", {"orth-dion": floor}, notes)
+        yield from rows_of("small", case, samples, "orthdion in torch", {"orth-dion": floor}, notes)
 
 
 def scaling(machine: Machine, seconds: float) -> Iterator[Row]:
@@ -266,7 +290,7 @@ def _peak(name: str) -> tuple[float, Sample]:
     """MiB that steps add to the peak of a fresh process beyond weights, gradients and states, and their times."""
     import resource
 
-    optimizer = orthdion.OrthDion(_parameters([(4096, 4096)]), rank_fraction=1 / 16, **FORMS[name][0])
+    optimizer = _form(name, [(4096, 4096)], 1 / 16)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sample = alternate({name: optimizer.step}, 0.0, least=3)[name]
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, sample
@@ -274,7 +298,7 @@ def _peak(name: str) -> tuple[float, Sample]:
 
 def memory(machine: Machine, seconds: float) -> Iterator[Row]:
     """Resident memory that a step adds; a process for each form, as a peak only ever rises."""
-    for name, (_, flops) in FORMS.items():
+    for name, (_, _, flops) in FORMS.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             added, sample = pool.apply(_peak, (name,))
         note = f"{added:.0f} MiB added to the peak; the matrix has 64"

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from orthdion import Rule, StateSpec
+from orthdion import Rule, StateSpec, register
 from orthdion.core.options import number
 from orthdion.requests import Body, Matrix, Outcome, Update
 
 
+@register
 @dataclass(frozen=True)
 class SignedMomentum(Rule):
     """Steps by the sign of a momentum."""

@@ -328,7 +328,8 @@ def strided_shards(options: dict[str, Any]) -> float:
         assert found.keys() == expected.keys()
         for name, t in expected.items():
             assert full(found[name]).shape == t.shape
-            worst = max(worst, float((full(found[name]) - t.detach()).norm() / t.detach().norm()))
+            # A momentum of which everything was captured is rounding noise.
+            worst = max(worst, float((full(found[name]) - t.detach()).norm() / t.detach().norm().clamp_min(1e-3)))
     return worst
 
 

@@ -58,7 +58,7 @@ def test_replicas_with_gradients_of_their_own_step_as_one_process_on_the_mean(wo
         {"optimizer": "completed-dion", "rank_fraction": 0.5, "residual": "linear"},
         {"optimizer": "muon"},
         {"optimizer": "muon", "polar": "exact"},
-        {"optimizer": "signed-momentum"},
+        {"optimizer": "signed-momentum-of-tests"},
     ],
     ids=str,
 )
@@ -67,7 +67,7 @@ def test_stacks_convolutions_fused_blocks_and_vectors(world, size, options):
         assert max(found) < 1e-8, found
 
 
-@pytest.mark.parametrize("optimizer", ["orth-dion", "completed-dion", "muon", "signed-momentum"])
+@pytest.mark.parametrize("optimizer", ["orth-dion", "completed-dion", "muon", "signed-momentum-of-tests"])
 def test_strided_shards_of_fsdp_over_tensor_parallel(world, optimizer):
     assert max(world(4).run(cases.strided_shards, {"optimizer": optimizer})) < 1e-9
 

@@ -22,7 +22,7 @@ def test_a_gradient_may_be_missing_at_the_first_step(world):
 
 
 @pytest.mark.parametrize("poisoned", [False, True], ids=["missing", "NaN"])
-@pytest.mark.parametrize("name", ["orth-dion", "muon", "completed-dion", "signed-momentum"])
+@pytest.mark.parametrize("name", ["orth-dion", "muon", "completed-dion", "signed-momentum-of-tests"])
 def test_experts_without_a_gradient_stay_and_all_ranks_clip_alike(world, name, poisoned):
     world(2).run(troubles.experts_without_a_gradient, name, poisoned)
 
