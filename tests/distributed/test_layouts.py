@@ -58,6 +58,7 @@ def test_replicas_with_gradients_of_their_own_step_as_one_process_on_the_mean(wo
         {"optimizer": "completed-dion", "rank_fraction": 0.5, "residual": "linear"},
         {"optimizer": "muon"},
         {"optimizer": "muon", "polar": "exact"},
+        {"optimizer": "dion2"},
         {"optimizer": "signed-momentum-of-tests"},
     ],
     ids=str,

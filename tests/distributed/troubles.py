@@ -122,6 +122,8 @@ def experts_without_a_gradient(name: str, poisoned: bool) -> None:
     params = parameters(False, shapes)
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params[1:]]
     both = [orthdion.create(name, x, lr=0.05) for x in (params, twins)]
+    for p, twin in zip(params[1:], twins, strict=True):  # a start depends on the parameter's place
+        both[1].state[twin] = {key: t.detach().clone() for key, t in both[0].state[p].items()}
     for k in range(2):
         give(params, k, False)
         if dist.get_rank() == 1:

@@ -7,18 +7,20 @@ from .adamw import AdamW
 from .completed_dion import CompletedDion
 from .curvadion import CurvaDion
 from .dion import Dion
+from .dion2 import Dion2
 from .lion import Lion
 from .muon import Muon
 from .normuon import NorMuon
 from .orth_dion import OrthDion
 
-__all__ = ["OPTIMIZERS", "AdamW", "CompletedDion", "CurvaDion", "Dion", "Lion", "Muon", "NorMuon", "OrthDion"]
+__all__ = ["OPTIMIZERS", "AdamW", "CompletedDion", "CurvaDion", "Dion", "Dion2", "Lion", "Muon", "NorMuon", "OrthDion"]
 
 #: Every optimizer by name; one line each.
 OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
     "completed-dion": CompletedDion,
     "orth-dion": OrthDion,
     "dion": Dion,
+    "dion2": Dion2,
     "curvadion": CurvaDion,
     "muon": Muon,
     "normuon": NorMuon,

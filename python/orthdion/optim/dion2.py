@@ -1,0 +1,109 @@
+"""Dion2 (arXiv 2512.16928): of a momentum with error feedback only the largest rows (or columns) are orthogonalised."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.optimizer import MatrixOptimizer
+from ..core.options import number
+from ..core.registry import register
+from ..core.rule import Rule, States, StateSpec
+from ..numerics.newton_schulz import JORDAN
+from ..requests import Body, Extent, Matrix, NewtonSchulz, Outcome, Reduce, Update, Whole
+
+__all__ = ["Dion2", "Dion2Rule"]
+
+
+@register
+@dataclass(frozen=True)
+class Dion2Rule(Rule):
+    """The polar factor of the momentum's slices with the largest ℓ₁ norms; these slices of it then decay.
+
+    Slices are along the shorter side: rows where m ≤ n, else columns. Norms are summed over the shards, so all ranks
+    select the same slices of the whole matrix, and only these go to the owner and back.
+    """
+
+    name: ClassVar[str] = "dion2"
+    summary: ClassVar[str] = "X[S] −= η·sqrt(m/n)·NS(M[S]), M = M+G, S its ⌈f·min(m,n)⌉ largest slices; M[S] *= decay"
+    use: ClassVar[str] = "Muon at a fraction of its flops and of its elements on the wire"
+    paper: ClassVar[str] = "arXiv 2512.16928"
+    flops: ClassVar[str] = "20f²·mn·min(m,n)"
+    sent: ClassVar[str] = "f·mn + min(m,n)"
+    states: ClassVar[States] = {"momentum": StateSpec()}
+
+    fraction: float = number(0.25, 0.0, 1.0, open_low=True, doc="f, the share of slices that are stepped, in (0, 1].")
+    ef_decay: float = number(0.95, 0.0, 1.0, doc="What M keeps of the slices that were stepped: the error feedback.")
+    epsilon: float = number(1e-7, 0.0, doc="The smallest norm that the selected slices are divided by.")
+
+    def scale(self, fan_out: int, fan_in: int) -> float:
+        """``sqrt(m/n)`` of the whole matrix, however many slices are stepped."""
+        return math.sqrt(max(fan_out, 1) / max(fan_in, 1))
+
+    def step(self, w: Matrix) -> Body[Outcome]:
+        """``M ← M + G``, ``D[S] = polar(M[S])``, ``M[S] ← decay·M[S]``"""
+        m = w.read("momentum") + self.sign * w.gradient
+        axis = 0 if w.shape[0] <= w.shape[1] else 1
+        slices, part = yield from self._selected(w, m, axis)
+        u = m.index_select(axis, slices)
+        o = yield Whole(u, part, partial(self._polar, w))
+        d = torch.zeros_like(m).index_copy_(axis, slices, o)
+        m.index_copy_(axis, slices, self.ef_decay * u)
+        done: Outcome = yield Update(w, d, self.lr, self.weight_decay, {"momentum": m}, w.scale)
+        return done
+
+    def _selected(self, w: Matrix, m: Tensor, axis: int) -> Generator[Any, Any, tuple[Tensor, Matrix]]:
+        """Which of this rank's slices are among the largest, ascending; and the matrix of all that are."""
+        length, shards = w.shape[axis], w.layout.shards
+        count = min(max(math.ceil(round(self.fraction * length, 9)), 1), length)
+        shape = (count, w.shape[1]) if axis == 0 else (w.shape[0], count)
+        norms = m.abs().sum(1 - axis, dtype=torch.float64)
+        if shards.size == 1:
+            return _largest(norms, count), replace(w, shape=shape)
+        assert w.extents is not None, "a sharded matrix knows where its parts lie"
+        extents = w.extents()
+        first = extents[shards.index][2 * axis]
+        everywhere = norms.new_zeros(length)
+        everywhere[first : first + len(norms)] = norms
+        everywhere = yield Reduce(everywhere, shards, "norms")
+        chosen = _largest(everywhere, count)
+        found = [_among(chosen.tolist(), extent, axis) for extent in extents]
+        start, stop = found[shards.index][2 * axis : 2 * axis + 2]
+        return chosen[start:stop] - first, replace(w, shape=shape, extents=lambda: found)
+
+    def _polar(self, w: Matrix, u: Tensor) -> NewtonSchulz:
+        return NewtonSchulz(u, JORDAN, w.precision, epsilon=self.epsilon)
+
+
+def _largest(norms: Tensor, count: int) -> Tensor:
+    """Where the largest are, ascending; of equal ones the first."""
+    return norms.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def _among(chosen: list[int], extent: Extent, axis: int) -> Extent:
+    """An extent of the whole matrix as one of the matrix of the chosen slices."""
+    top, bottom, left, right = extent
+    if axis == 0:
+        return bisect_left(chosen, top), bisect_left(chosen, bottom), left, right
+    return top, bottom, bisect_left(chosen, left), bisect_left(chosen, right)
+
+
+class Dion2(MatrixOptimizer, rule=Dion2Rule):
+    r"""Dion2: Muon on the largest slices of a momentum with error feedback.
+
+    .. math::
+        M &\leftarrow M + G, \quad S = \text{the } \lceil f d \rceil \text{ slices of } M
+        \text{ with the largest } \ell_1 \text{ norms} \\
+        X &\leftarrow (1 - \eta\lambda) X, \quad X_S \leftarrow X_S - \eta \sqrt{m/n}\; \mathrm{NS}(M_S), \quad
+        M_S \leftarrow \mathrm{decay} \cdot M_S
+
+    Slices are rows where m ≤ n, else columns; d = min(m, n). The polar factor is approximated by five of Jordan's
+    Newton–Schulz iterations. Of a sharded matrix the largest slices of the whole are stepped.
+    """
