@@ -1,5 +1,6 @@
 """CPU tensors through the Rust core, without copies: one call for all requests of a kind, and whole steps in one
-call."""
+call.
+"""
 
 from __future__ import annotations
 
