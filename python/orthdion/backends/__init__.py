@@ -37,11 +37,9 @@ def _rust_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
 def _cupy_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
     from .cupy.device import unavailable
 
-    if (why := unavailable(device)) is not None:
-        return why
     if dtype not in _CUPY_DTYPES:
         return f"the CuPy kernels know float32, bfloat16 and float16 weights, not {dtype}"
-    return None
+    return unavailable(device)
 
 
 def _torch() -> Backend:

@@ -49,12 +49,11 @@ struct Plain {
 
 struct FromMomentum {
   u64 m, g;
-  Formed f;
-  double size;
+  const Formed& f;
+  double of_m, of_g;  // two coefficients instead of four numbers: there are no registers to spare
   DEVICE double operator()(i64 i, i64 j) const {
-    double push = f.sign * fetch_as_double(g, i * f.row_g + j * f.col_g, (int)f.type_g);
-    double plus = fetch_as_double(m, i * f.row_m + j * f.col_m, (int)f.type_m) + push;
-    return size * (f.of_plus * plus + f.extra * push);
+    double push = fetch_as_double(g, i * f.row_g + j * f.col_g, (int)f.type_g);
+    return of_m * fetch_as_double(m, i * f.row_m + j * f.col_m, (int)f.type_m) + of_g * push;
   }
 };
 
@@ -152,7 +151,8 @@ extern "C" __global__ void __launch_bounds__(256) multiply_formed(Product p, For
   i64 k, pair, split;
   u64 out;
   if (!takes_part(p, k, pair, split, out)) return;
-  FromMomentum a = {ms.p[k], gs.p[k], f, fetch((const double*)f.sizes + k)};
+  double size = fetch((const double*)f.sizes + k), of_m = size * f.of_plus;
+  FromMomentum a = {ms.p[k], gs.p[k], f, of_m, (of_m + size * f.extra) * f.sign};
   product_tile(p, a, f.row_m == 1, k, pair, split, out);
 }
 
