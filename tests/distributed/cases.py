@@ -224,6 +224,22 @@ def layout_equals_one_process(layout: str, shapes, steps, dtype, options) -> tup
     return errors(params, weights), copies_agree([*params, *(t for s in found for t in s.values())]), o.communication()
 
 
+def layout_equals_other_backend(layout: str, shapes, steps, options, backend: str, other: str) -> float:
+    """How far one backend's sharded weights and states are from another one's in one process, in double."""
+    with spread(True):
+        shape, placements = LAYOUTS[layout]
+        values = [randn(*s, seed=5 + i, dtype=torch.float64) for i, s in enumerate(shapes)]
+        params = [torch.nn.Parameter(sharded(v, mesh(shape), placements)) for v in values]
+        o = build(params, {**options, "backend": backend})
+        assert all(name.startswith(backend) for name in o.backends())
+        for k in range(steps):
+            for i, p in enumerate(params):
+                p.grad = sharded(gradient(shapes[i], k, i, 0, torch.float64), mesh(shape), placements)
+            o.step()
+    weights, states = reference(shapes, steps, 1, torch.float64, {**options, "backend": other})
+    return max(errors(params, weights), state_errors([dict(o.state[p]) for p in params], states))
+
+
 def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> tuple[float, bool, Any]:
     """The same for replicas with gradients of their own: plain tensors, or sharded over a second mesh dimension.
 

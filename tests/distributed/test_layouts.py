@@ -48,6 +48,52 @@ def test_replicas_with_gradients_of_their_own_step_as_one_process_on_the_mean(wo
             assert same
 
 
+#: Rules that work with whole matrices, or with one axis of them, and a user's own.
+OTHERS = [
+    {"optimizer": "muon"},
+    {"optimizer": "muon", "polar": "exact", "nesterov": False},
+    {"optimizer": "muon", "polar": "polar-express", "adjust_lr": "match_rms_adamw"},
+    {"optimizer": "normuon"},
+    {"optimizer": "dion2"},
+    {"optimizer": "signed-momentum-of-tests"},
+    {"optimizer": "adamw"},
+    {"optimizer": "lion"},
+]
+
+
+@pytest.mark.parametrize(("size", "layout"), WORLDS)
+def test_a_sharded_step_of_any_rule_is_one_processs_step(world, size, layout):
+    for options in OTHERS:
+        for error, same, _ in world(size).run(
+            cases.layout_equals_one_process, layout, SHAPES, 6, torch.float64, options
+        ):
+            assert error < TOLERANCE[torch.float64], options
+            assert same
+
+
+@pytest.mark.parametrize(("size", "sharded"), [(2, False), (4, False), (4, True)])
+def test_rules_that_need_the_whole_gradient_average_it_over_replicas(world, size, sharded):
+    whole = {"optimizer": "completed-dion", "rank_fraction": 1.0}  # no factors would be smaller than the gradient
+    for options in [*OTHERS, whole]:
+        found = world(size).run(cases.replicas_equal_one_process, SHAPES, 6, torch.float64, options, sharded)
+        for error, same, sent in found:
+            assert error < TOLERANCE[torch.float64], options
+            assert same
+            local = sent.last_step.by_content["gradient"]
+            assert 0 < local <= 8 * sum(m * n for m, n in SHAPES)
+            assert sharded or local == 8 * sum(m * n for m, n in SHAPES)
+
+
+@pytest.mark.parametrize(("size", "layout"), [(2, "fsdp"), (2, "columns"), (4, "fsdp+tp"), (4, "hsdp")])
+@pytest.mark.parametrize("form", ["withheld", "linear", "normalized", "dion"])
+def test_the_backends_take_the_same_sharded_step(world, size, layout, form):
+    """Both are held to one process of plain torch: what the Rust core answers is what the papers write."""
+    for right_factor in RIGHTS:
+        options = {**FORMS.get(form, {"optimizer": "dion"}), "right_factor": right_factor, "rank_fraction": 0.5}
+        found = world(size).run(cases.layout_equals_other_backend, layout, SHAPES, 5, options, "rust", "torch")
+        assert max(found) < TOLERANCE[torch.float64], right_factor
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
     "options",
@@ -58,6 +104,7 @@ def test_replicas_with_gradients_of_their_own_step_as_one_process_on_the_mean(wo
         {"optimizer": "completed-dion", "rank_fraction": 0.5, "residual": "linear"},
         {"optimizer": "muon"},
         {"optimizer": "muon", "polar": "exact"},
+        {"optimizer": "normuon"},
         {"optimizer": "dion2"},
         {"optimizer": "signed-momentum-of-tests"},
     ],
