@@ -6,6 +6,9 @@ import traffic
 
 SHAPES = [(32, 24)] * 8
 R = 6
+#: Where factorizations can be shared out among ranks: P's where only columns are divided or there are replicas, R's,
+#: unless its columns are only normalised, where only rows are.
+SHARED_OUT = {"qr": (None, "fsdp", "columns", "both on rows", "hsdp"), "column": (None, "columns")}
 
 
 def expected(layout, size):
@@ -25,16 +28,17 @@ def expected(layout, size):
 @pytest.mark.parametrize("shared", [False, True], ids=["everywhere", "shared out"])
 def test_factors_count_their_words_and_the_rest_is_small(world, layout, right_factor, shared):
     options = {"rank_fraction": 0.25, "right_factor": right_factor}
-    for total, content in world(4).run(traffic.sent, layout, SHAPES, options, shared):
+    for total, content, split in world(4).run(traffic.sent, layout, SHAPES, options, shared):
         factors = content.get("P", 0) + content.get("R", 0)
         assert factors == expected(layout, 4) * len(SHAPES)
+        assert split == (shared and layout in SHARED_OUT[right_factor])
         # Gram matrices or triangles in double, at most four of them; norms; a flag.
         assert total - factors <= len(SHAPES) * 8 * (4 * R * R + 4 * R + 1)
 
 
 def test_where_factors_would_be_larger_the_gradient_travels(world):
     m, n = SHAPES[0]
-    for total, content in world(2).run(traffic.sent, None, SHAPES, {"rank_fraction": 1.0}):
+    for total, content, _ in world(2).run(traffic.sent, None, SHAPES, {"rank_fraction": 1.0}):
         assert content["gradient"] == 4 * m * n * len(SHAPES)
         assert total - content["gradient"] <= 8 * (len(SHAPES) + 2 * len(SHAPES))
 

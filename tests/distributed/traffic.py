@@ -9,9 +9,8 @@ from cases import LAYOUTS, gradient, mesh, randn, same_on_all, sharded, spread
 import orthdion
 
 
-def sent(layout: str | None, shapes, options, shared: bool = False) -> tuple[int, dict[str, int]]:
-    """Bytes of one step after two, and by content. Layout None: replicas with gradients of their own."""
-    spread(shared)
+def sent(layout: str | None, shapes, options, shared: bool = False) -> tuple[int, dict[str, int], bool]:
+    """Bytes of one step after two, and by content; and whether factorizations were shared out. Layout None: replicas with gradients of their own."""
     dtype = torch.float32
     if layout is None:
         params = [torch.nn.Parameter(randn(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes)]
@@ -23,16 +22,19 @@ def sent(layout: str | None, shapes, options, shared: bool = False) -> tuple[int
             for i, s in enumerate(shapes)
         ]
     o = orthdion.OrthDion(params, lr=0.01, **options)
-    for k in range(3):
-        for i, p in enumerate(params):
-            g = gradient(shapes[i], k, i, dist.get_rank() if layout is None else 0, dtype).clone()
-            p.grad = g if layout is None else sharded(g, mesh(shape), placements)
-        o.step()
+    with spread(shared):
+        for k in range(3):
+            for i, p in enumerate(params):
+                g = gradient(shapes[i], k, i, dist.get_rank() if layout is None else 0, dtype).clone()
+                p.grad = g if layout is None else sharded(g, mesh(shape), placements)
+            o.step()
     count = o.communication()
     assert count.steps == 3 and count.total.bytes >= count.last_step.bytes
     assert sum(count.last_step.by_content.values()) == sum(count.last_step.by_collective.values())
     assert "bytes" in str(count)
-    return count.last_step.bytes, dict(count.last_step.by_content)
+    # With eight matrices at hand factors are shared out where they are summed over ranks and whole on one of them.
+    split = {"reduce_scatter"} <= count.last_step.by_collective.keys()
+    return count.last_step.bytes, dict(count.last_step.by_content), split
 
 
 def rounded_on_the_wire() -> tuple[int, int, float]:
