@@ -10,7 +10,10 @@ import orthdion
 
 
 def sent(layout: str | None, shapes, options, shared: bool = False) -> tuple[int, dict[str, int], bool]:
-    """Bytes of one step after two, and by content; and whether factorizations were shared out. Layout None: replicas with gradients of their own."""
+    """Bytes of one step after two, and by content; and whether factorizations were shared out.
+
+    Layout None: replicas with gradients of their own.
+    """
     dtype = torch.float32
     if layout is None:
         params = [torch.nn.Parameter(randn(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes)]
