@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 
-EVEN, UNEVEN, EMPTY = [(16, 8), (8, 16), (12, 12)], [(13, 7), (7, 13), (9, 10)], [(3, 9), (9, 3), (2, 5), (1, 6)]
+EVEN, UNEVEN, EMPTY = [(16, 8), (8, 16)], [(13, 7), (7, 13), (9, 9)], [(3, 9), (9, 3), (1, 6)]
 SHAPES = EVEN + UNEVEN + EMPTY
 RIGHTS, FEEDBACKS = ("qr", "column", "polar"), ("dion", "orth-dion")
 #: The forms of the low-rank step, by what is done with the residual.
@@ -15,35 +15,46 @@ FORMS = {
     "linear": {"optimizer": "completed-dion", "residual": "linear", "nesterov": False},
     "normalized": {"optimizer": "completed-dion", "residual": "normalized"},
 }
-#: After ten steps, whose own dynamics amplify rounding: in double by up to 10⁵ (5·10⁻¹² was seen), so in single too.
+STEPS = 6
+#: After these, whose own dynamics amplify rounding: in double by up to 10⁵, so in single too.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 WORLDS = [(2, layout) for layout in ("fsdp", "columns", "replicated")] + [(4, layout) for layout in cases.LAYOUTS]
 
 
-def pairwise(*choices):
-    """Whether a third of a grid has this point: any two options take every pair of their values there."""
-    return sum(options.index(chosen) for chosen, options in choices) % 3 == 0
+def pairwise(*choices, of=3):
+    """Whether a third of a grid (or one ``of`` so many) has this point: any two options take every pair of their values
+    there, if ``of`` is no more than a third option's values.
+    """
+    return sum(options.index(chosen) for chosen, options in choices) % of == 0
 
 
 @pytest.mark.parametrize(("size", "layout"), WORLDS)
 @pytest.mark.parametrize("right_factor", RIGHTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_sharded_step_is_one_processs_step(world, size, layout, right_factor, form):
-    in_single = pairwise(((size, layout), WORLDS), (right_factor, RIGHTS), (form, list(FORMS)))
-    for dtype in (torch.float64, torch.float32) if in_single else (torch.float64,):
-        for feedback in FEEDBACKS:
-            options = {**FORMS[form], "right_factor": right_factor, "feedback": feedback, "rank_fraction": 0.5}
-            for error, same, _ in world(size).run(cases.layout_equals_one_process, layout, SHAPES, 10, dtype, options):
-                assert error < TOLERANCE[dtype], (feedback, dtype)
-                assert same
+    """In double with one feedback and the other in turn; in single on a third of the grid, with the one left out."""
+    point = ((size, layout), WORLDS), (right_factor, RIGHTS), (form, list(FORMS))
+    first, second = FEEDBACKS if pairwise(*point[:2], of=2) else FEEDBACKS[::-1]
+    for feedback, dtype in ((first, torch.float64), (second, torch.float32))[: 2 if pairwise(*point) else 1]:
+        options = {**FORMS[form], "right_factor": right_factor, "feedback": feedback, "rank_fraction": 0.5}
+        case = (cases.layout_equals_one_process, layout, SHAPES, STEPS, dtype, options)
+        for error, same, _ in world(size).run(*case):
+            assert error < TOLERANCE[dtype], (feedback, dtype)
+            assert same
 
 
-@pytest.mark.parametrize(("size", "sharded"), [(2, False), (4, False), (4, True)])
+REPLICAS = [(2, False), (4, False), (4, True)]
+
+
+@pytest.mark.parametrize(("size", "sharded"), REPLICAS)
 @pytest.mark.parametrize("right_factor", RIGHTS)
 def test_replicas_with_gradients_of_their_own_step_as_one_process_on_the_mean(world, size, sharded, right_factor):
     for feedback, dtype in itertools.product(FEEDBACKS, (torch.float64, torch.float32)):
+        of_grid = ((size, sharded), REPLICAS), (right_factor, RIGHTS), (feedback, FEEDBACKS)
+        if dtype == torch.float32 and not pairwise(*of_grid):
+            continue
         options = {"right_factor": right_factor, "feedback": feedback, "rank_fraction": 0.3}
-        for error, same, _ in world(size).run(cases.replicas_equal_one_process, SHAPES, 10, dtype, options, sharded):
+        for error, same, _ in world(size).run(cases.replicas_equal_one_process, SHAPES, STEPS, dtype, options, sharded):
             assert error < TOLERANCE[dtype], (feedback, dtype)
             assert same
 
@@ -65,17 +76,17 @@ OTHERS = [
 def test_a_sharded_step_of_any_rule_is_one_processs_step(world, size, layout):
     for options in OTHERS:
         for error, same, _ in world(size).run(
-            cases.layout_equals_one_process, layout, SHAPES, 6, torch.float64, options
+            cases.layout_equals_one_process, layout, SHAPES, 4, torch.float64, options
         ):
             assert error < TOLERANCE[torch.float64], options
             assert same
 
 
-@pytest.mark.parametrize(("size", "sharded"), [(2, False), (4, False), (4, True)])
+@pytest.mark.parametrize(("size", "sharded"), REPLICAS)
 def test_rules_that_need_the_whole_gradient_average_it_over_replicas(world, size, sharded):
     whole = {"optimizer": "completed-dion", "rank_fraction": 1.0}  # no factors would be smaller than the gradient
     for options in [*OTHERS, whole]:
-        found = world(size).run(cases.replicas_equal_one_process, SHAPES, 6, torch.float64, options, sharded)
+        found = world(size).run(cases.replicas_equal_one_process, SHAPES, 4, torch.float64, options, sharded)
         for error, same, sent in found:
             assert error < TOLERANCE[torch.float64], options
             assert same
@@ -84,13 +95,13 @@ def test_rules_that_need_the_whole_gradient_average_it_over_replicas(world, size
             assert sharded or local == 8 * sum(m * n for m, n in SHAPES)
 
 
-@pytest.mark.parametrize(("size", "layout"), [(2, "fsdp"), (2, "columns"), (4, "fsdp+tp"), (4, "hsdp")])
+@pytest.mark.parametrize(("size", "layout"), [(2, "fsdp"), (2, "columns"), (4, "fsdp+tp")])
 @pytest.mark.parametrize("form", ["withheld", "linear", "normalized", "dion"])
 def test_the_backends_take_the_same_sharded_step(world, size, layout, form):
     """Both are held to one process of plain torch: what the Rust core answers is what the papers write."""
     for right_factor in RIGHTS:
         options = {**FORMS.get(form, {"optimizer": "dion"}), "right_factor": right_factor, "rank_fraction": 0.5}
-        found = world(size).run(cases.layout_equals_other_backend, layout, SHAPES, 5, options, "rust", "torch")
+        found = world(size).run(cases.layout_equals_other_backend, layout, SHAPES, 4, options, "rust", "torch")
         assert max(found) < TOLERANCE[torch.float64], right_factor
 
 
