@@ -17,6 +17,7 @@ import torch
 
 import orthdion
 from orthdion import cli
+from orthdion.optim import OPTIMIZERS
 from orthdion.train import OptimizerSpec, TrainConfig, compare, train
 from orthdion.train import data as corpora
 from orthdion.train.compare import best
@@ -83,7 +84,7 @@ def frozen(tmp_path_factory):
     return path, train(LEARN.with_(optimizer="dion", lr=0.0), path=path).validation_loss
 
 
-@pytest.mark.parametrize("name", [*(o.name for o in orthdion.list_optimizers()), "torch.optim:AdamW"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "torch.optim:AdamW"])
 def test_every_optimizer_ends_below_a_run_with_frozen_hidden_matrices(name, frozen):
     path, loss = frozen
     result = train(LEARN.with_(optimizer=name, lr=LEARN_LRS.get(name)), path=path)
