@@ -83,7 +83,7 @@ def test_ascent_stacks_fused_blocks_and_convolutions_are_steps_of_their_matrices
     x, g = randn(3, 8, 12, dtype=torch.float64), randn(3, 8, 12, seed=1, dtype=torch.float64)
     each = torch.stack([stepped(a, b) for a, b in zip(x, g, strict=True)])
     assert torch.allclose(stepped(x, g), each, atol=1e-13)
-    blocks = stepped(x.reshape(24, 12), g.reshape(24, 12), row_blocks=3)
+    blocks = stepped(x.reshape(24, 12), g.reshape(24, 12), split_sizes=(8, 8, 8))
     assert torch.allclose(blocks, each.reshape(24, 12), atol=1e-13)
     kernel = stepped(x.view(3, 8, 4, 3), g.view(3, 8, 4, 3))
     assert torch.allclose(kernel.view(3, 96), stepped(x.view(3, 96), g.view(3, 96)), atol=1e-13)

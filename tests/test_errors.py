@@ -73,7 +73,7 @@ def test_hyperparameters_of_the_completed_step(options, error, words):
         ({"learning_rate": 0.1}, ValueError, "did you mean 'lr'"),
         ({"rank_frac": 0.1}, ValueError, "did you mean 'rank_fraction'"),
         ({"algorithm": "adam"}, ValueError, "did you mean 'adamw'"),
-        ({"row_blocks": 3}, ValueError, "row_blocks=3 does not divide"),
+        ({"num_heads": 3}, ValueError, "num_heads=3 does not divide"),
         ({"lr": -1.0}, ValueError, "lr"),
     ],
 )

@@ -46,7 +46,7 @@ def test_every_kind_goes_where_it_belongs_with_a_reason():
     for name, (algorithm, reason) in expected.items():
         assert d[name].settings.get("algorithm") == algorithm, name
         assert reason in d[name].reason, name
-    assert d["qkv.weight"].settings["row_blocks"] == 3
+    assert d["qkv.weight"].settings["split_sizes"] == (8, 8, 8)
     assert d["norm.weight"].settings["weight_decay"] == 0.0 == d["embed.weight"].settings["weight_decay"]
     assert "lm_head.weight" not in d  # the same tensor as the embedding, listed once
 

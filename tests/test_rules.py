@@ -139,7 +139,8 @@ def test_an_optimizer_is_freed_without_the_garbage_collector_and_warnings_point_
         ("lr", float("nan"), ValueError, "lr must be in"),
         ("feedback", 0.5, TypeError, "feedback must be a name"),
         ("rank_fraction", 0.5, ValueError, "rank_fraction of group 0 was edited"),
-        ("row_blocks", 3, ValueError, "row_blocks of group 0 was edited"),
+        ("interleaved", 3, ValueError, "interleaved of group 0 was edited"),
+        ("num_heads", 3, ValueError, "num_heads of group 0 was edited"),
         ("algorithm", "dion", ValueError, "algorithm of group 0 was edited"),
         ("rank_fracton", 0.5, ValueError, "did you mean 'rank_fraction'"),
     ],
@@ -150,15 +151,15 @@ def test_a_key_that_is_edited_to_what_it_may_not_be_is_noticed_at_the_next_step(
     o.step()
     before = p.detach().clone()
     group = o.param_groups[0]
-    old = group.get(key)
+    known, old = set(group), group.get(key)
     group[key] = value
     with pytest.raises(error, match=words):
         o.step()
     assert torch.equal(before, p.detach())
-    if old is None:
-        del group[key]
-    else:
+    if key in known:
         group[key] = old
+    else:
+        del group[key]
     o.step()
     assert not torch.equal(before, p.detach())
 

@@ -32,7 +32,7 @@ def alone(x, grads, q, scale):
 
 
 def start(shape, seed=0, index=0):
-    return orthdion.core.matrices.start(shape, seed, index).float()
+    return orthdion.core.states.start(shape, seed, index).float()
 
 
 def test_a_stack_is_its_matrices():
@@ -67,7 +67,7 @@ def test_a_one_dimensional_convolution_is_flattened_on_request():
 
 def test_fused_blocks_are_their_parts():
     x = randn(36, 12)
-    got, state = stepped(parameter(x), row_blocks=3)
+    got, state = stepped(parameter(x), split_sizes=(12, 12, 12))
     assert state["Q"].shape == (3, 12, 3)
     q = start((3, 12, 3))
     for b in range(3):

@@ -10,8 +10,8 @@ from oracles import dion_step, low_rank, orth, pairwise, parameter, randn, with_
 
 import orthdion
 from orthdion.backends.torch import TorchBackend
-from orthdion.core import matrices
 from orthdion.core.runtime import Runtime
+from orthdion.core.states import start
 from orthdion.distributed import Communicator
 from orthdion.requests import Matrix, Precision
 
@@ -67,7 +67,7 @@ def test_single_precision_equals_the_double_oracle_to_rounding(options):
     momenta = []
     for i, x in enumerate(params):
         o = low_rank([parameter(x.float())], lr=0.02, weight_decay=0.1, **options)
-        q = matrices.start((1, min(x.shape), o.state[next(iter(o.state))]["Q"].shape[1]), 0, i)[0]
+        q = start((1, min(x.shape), o.state[next(iter(o.state))]["Q"].shape[1]), 0, i)[0]
         q = q.float().double()
         g, m = randn(*x.shape, seed=i).double(), torch.zeros_like(x)
         flip = x.shape[0] < x.shape[1]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .backends import choose, get
-from .core.matrices import start
 from .core.options import names_of, options_of
 from .core.registry import find
 from .core.rule import Rule
 from .core.runtime import Runtime
+from .core.states import start
 from .distributed import Communicator
 from .requests import Matrix, Outcome, Precision, Report
 

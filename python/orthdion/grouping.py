@@ -172,11 +172,11 @@ def _decide(
         if isinstance(conv, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             return {"algorithm": scalar}, "transposed convolution keeps (in, out): not stepped as a matrix"
         if conv.groups > 1 and p.ndim != 3:
-            grouped = {"algorithm": MATRIX, "flatten": True, "row_blocks": conv.groups}
+            grouped = {"algorithm": MATRIX, "flatten": True, "split_sizes": (p.shape[0] // conv.groups,) * conv.groups}
             return grouped, f"convolution in {conv.groups} groups, a matrix each"
         return {"algorithm": MATRIX, "flatten": True}, "convolution, as a matrix (out, in·kernel)"
     if p.ndim == 2 and p.shape[0] % 3 == 0 and p.shape[0] == 3 * p.shape[1] and _QKV.search(name):
-        return {"algorithm": MATRIX, "row_blocks": 3}, "fused QKV: three hidden matrices"
+        return {"algorithm": MATRIX, "split_sizes": (p.shape[1],) * 3}, "fused QKV: three hidden matrices"
     if p.ndim == 3:
         return {"algorithm": MATRIX}, f"stack of {p.shape[0]} hidden matrices"
     if p.ndim > 3:

@@ -280,9 +280,19 @@ SPECIAL: list[tuple[tuple[int, ...], dict[str, Any], Any]] = [
     ((30, 2, 3), {"flatten": True}, Shard(0)),
     ((8, 4, 3, 3), {}, Shard(1)),
     ((64, 4, 2, 2), {}, Shard(1)),  # Q's rows are the kernel's positions of this rank's channels
-    ((24, 8), {"row_blocks": 3}, Shard(0)),  # a rank holds parts of two blocks, or none
-    ((15, 5), {"row_blocks": 3}, Shard(0)),
-    ((12, 10), {"row_blocks": 3}, Shard(1)),
+    ((24, 8), {"split_sizes": (8,) * 3}, Shard(0)),  # a rank holds rows of two parts, or none
+    ((15, 5), {"num_heads": 3}, Shard(0)),
+    ((12, 10), {"split_sizes": (4,) * 3}, Shard(1)),
+    ((12, 40), {"split_sizes": (4,) * 3}, Shard(0)),  # wide parts: rows of Q are cut as the weight's
+    ((40, 12), {"split_sizes": (24, 8, 8)}, Shard(0)),  # queries are tall, keys and values wide
+    ((40, 12), {"split_sizes": (24, 8, 8)}, Shard(1)),
+    ((36, 10), {"split_sizes": (3,) * 3, "interleaved": 4}, Shard(0)),  # heads with their queries, keys and values
+    ((36, 10), {"split_sizes": (6, 2, 1), "interleaved": 4}, Shard(0)),
+    ((10, 36), {"transposed": True, "split_sizes": (20, 8, 8)}, Shard(1)),
+    ((10, 36), {"transposed": True, "split_sizes": (20, 8, 8)}, Shard(0)),
+    ((4, 6, 20), {"transposed": True}, Shard(0)),
+    ((4, 6, 20), {"transposed": True, "split_sizes": (1, 1), "interleaved": 10}, Shard(2)),
+    ((4, 24, 9), {"split_sizes": (16, 8)}, Shard(1)),
     ((9,), {"algorithm": "adamw"}, Shard(0)),
     ((7, 3), {"algorithm": "lion"}, Shard(0)),
     ((6, 3), {"algorithm": "adamw"}, Shard(1)),

@@ -24,8 +24,13 @@ SAVED: list[tuple[tuple[int, ...], dict[str, Any], Any]] = [
     ((5, 8, 5), {}, Shard(0)),  # a stack, shared out
     ((3, 9, 5), {}, Shard(1)),
     ((3, 5, 9), {}, Shard(2)),
-    ((15, 4), {"row_blocks": 3}, Shard(0)),  # a block is cut inside a shard
-    ((12, 10), {"row_blocks": 3}, Shard(1)),
+    ((15, 4), {"split_sizes": (5, 5, 5)}, Shard(0)),  # a part is cut inside a shard
+    ((12, 10), {"split_sizes": (4, 4, 4)}, Shard(1)),
+    ((12, 10), {"split_sizes": (4, 4, 4)}, Shard(0)),
+    ((13, 5), {"split_sizes": (8, 3, 2)}, Shard(0)),  # one tall, two wide
+    ((18, 5), {"split_sizes": (4, 1, 1), "interleaved": 3}, Shard(0)),
+    ((4, 14), {"transposed": True, "split_sizes": (9, 5)}, Shard(1)),
+    ((3, 4, 12), {"transposed": True, "split_sizes": (1, 1), "interleaved": 6}, Shard(2)),
     ((12, 3, 2, 2), {}, Shard(0)),
     ((9,), {"algorithm": "adamw"}, Shard(0)),
     ((7, 3), {"algorithm": "lion"}, Shard(0)),

@@ -5,6 +5,8 @@ import saved
 
 RULES = ["orth-dion", "muon", "completed-dion", "normuon", "dion2", "signed-momentum-of-tests"]
 RULES += ["row-variance", "tall-row-variance"]
+#: Shapes of a state of rows of the fused weights whose rows are sharded: side by side, as the weight's.
+FUSED = [(12,), (13,), (18,), (14,), (3, 12)]
 
 
 @pytest.mark.parametrize("how", ["whole", "dcp"])
@@ -20,13 +22,14 @@ def test_states_of_one_axis_are_cut_as_that_axis_is(world):
     first, second = world(2).run(saved.states_along_rows)
     count = len(saved.SAVED) - 2
     shapes = {
-        upright: [(13,), (7,), (9,), (12,), (1,), (5, 8), (3, 9), (3, 5), (15,), (12,), (12,)],
-        across: [(13,), (13,), (12,), (12,), (6,), (5, 8), (3, 9), (3, 9), (15,), (3, 10), (12,)],
+        upright: [(13,), (7,), (9,), (12,), (1,), (5, 8), (3, 9), (3, 5), (15,), (12,), *FUSED, (12,)],
+        across: [(13,), (13,), (12,), (12,), (6,), (5, 8), (3, 9), (3, 9), (15,), (3, 10), (3, 10), *FUSED[1:], (12,)],
     }
+    cuts = [(6, 6), (7, 6), (9, 9), (7, 7), (6, 6)]
     #: What the two ranks have of it; None is all on both.
     cut = {
-        upright: [(7, 6), (4, 3), None, None, (1, 0), (3, 2), (5, 4), None, (8, 7), None, (6, 6)],
-        across: [(7, 6), None, (6, 6), None, None, (3, 2), (5, 4), (5, 4), (8, 7), (5, 5), (6, 6)],
+        upright: [(7, 6), (4, 3), None, None, (1, 0), (3, 2), (5, 4), None, (8, 7), None, *cuts, (6, 6)],
+        across: [(7, 6), None, (6, 6), None, None, (3, 2), (5, 4), (5, 4), (8, 7), (5, 5), None, *cuts[1:], (6, 6)],
     }
     for k, name in enumerate((upright, across)):
         mine, theirs = (ranks[k * count : (k + 1) * count] for ranks in (first, second))

@@ -238,7 +238,6 @@ def refusals() -> list[str]:
     p = torch.nn.Parameter(randn(40, 40, seed=1, dtype=torch.float32))
     shard = torch.nn.Parameter(sharded(p.detach(), w, (Shard(0),)))
     conv = torch.nn.Parameter(sharded(randn(200, 5, 3, 3, seed=1, dtype=torch.float32), w, (Shard(1),)))
-    qkv = torch.nn.Parameter(sharded(randn(12, 40, seed=1, dtype=torch.float32), w, (Shard(0),)))
     two = mesh((2, -1))
     attempts = [
         lambda: orthdion.CompletedDion([p], replicate_mesh=world),
@@ -247,7 +246,6 @@ def refusals() -> list[str]:
         lambda: orthdion.OrthDion([p], replicate_mesh=world, outer_shard_mesh=w),
         lambda: orthdion.OrthDion([shard], outer_shard_mesh=two["axis0"]),
         lambda: orthdion.OrthDion([{"params": [conv]}]),
-        lambda: orthdion.OrthDion([{"params": [qkv], "row_blocks": 3}]),
         lambda: orthdion.decouple(torch.nn.Linear(3, 3)),
         lambda: orthdion.OrthDion([p], replicate_mesh=world).__getstate__(),
         lambda: orthdion.OrthDion([p], replicate_mesh_grad_sync=1),

@@ -12,11 +12,16 @@ from torch import Tensor
 #: shape, group keys, mesh, placements
 HARD: list[tuple[tuple[int, ...], dict[str, Any], tuple[int, ...], tuple[Any, ...]]] = [
     *[(s, {}, *at) for at in LAYOUTS.values() for s in ((13, 7), (7, 13), (2, 5), (5, 1))],
-    ((30, 7), {"row_blocks": 3}, (-1,), (Shard(0),)),  # blocks are cut inside a shard
-    ((6, 7), {"row_blocks": 3}, (-1,), (Shard(0),)),  # wide blocks, some of a single row
-    ((12, 10), {"row_blocks": 3}, (-1,), (Shard(1),)),
-    ((15, 5), {"row_blocks": 3}, (2, -1), (Shard(0), Shard(1))),
-    ((21, 5), {"row_blocks": 3}, (2, -1), (Shard(1), Shard(0))),
+    ((30, 7), {"split_sizes": (10,) * 3}, (-1,), (Shard(0),)),  # parts are cut inside a shard
+    ((6, 7), {"split_sizes": (2,) * 3}, (-1,), (Shard(0),)),  # wide parts, some of a single row
+    ((12, 10), {"num_heads": 3}, (-1,), (Shard(1),)),
+    ((15, 5), {"split_sizes": (5,) * 3}, (2, -1), (Shard(0), Shard(1))),
+    ((21, 5), {"split_sizes": (7,) * 3}, (2, -1), (Shard(1), Shard(0))),
+    ((16, 5), {"split_sizes": (10, 4, 2)}, (-1,), (Shard(0),)),  # one tall, two wide
+    ((24, 5), {"split_sizes": (4, 1, 1), "interleaved": 4}, (2, -1), (Shard(0), Shard(1))),
+    ((5, 16), {"transposed": True, "split_sizes": (10, 4, 2)}, (2, -1), (Shard(0), Shard(1))),
+    ((3, 4, 12), {"transposed": True, "split_sizes": (1, 1), "interleaved": 6}, (-1,), (Shard(2),)),
+    ((9, 6), {"transposed": True}, (-1,), (Shard(0),)),
     ((6, 9, 5), {}, (-1,), (Shard(1),)),
     ((3, 5, 9), {}, (-1,), (Shard(1),)),  # a rank without rows
     ((3, 5, 9), {}, (-1,), (Shard(2),)),

@@ -126,11 +126,13 @@ def test_stacks_convolutions_blocks_strides_and_vectors(shim):
             parameter(randn(60, 20, seed=4)),
             parameter(randn(40, 30, seed=5).T),
             parameter(randn(80, 60, seed=6)[::2, ::3]),
+            parameter(randn(24, 60, seed=7)),
         ]
         vectors = [parameter(randn(33, seed=8)), parameter(randn(7, 5, seed=9).T), parameter(randn(1, seed=10)[0])]
         groups = [
-            {"params": [*ps[:3], *ps[4:]]},
-            {"params": [ps[3]], "row_blocks": 3},
+            {"params": [*ps[:3], *ps[4:6]]},
+            {"params": [ps[3]], "split_sizes": (20, 20, 20)},
+            {"params": [ps[6]], "transposed": True, "split_sizes": (9, 3, 3), "interleaved": 4},
             {"params": vectors[:2], "algorithm": "adamw"},
             {"params": vectors[2:], "algorithm": "lion"},
         ]
@@ -145,7 +147,7 @@ def test_stacks_convolutions_blocks_strides_and_vectors(shim):
 
     ours, theirs = model("cupy"), model("torch")
     assert distance(ours, theirs) < 1e-5
-    assert all(float(ours[0].state[p]["step"]) == 3.0 for p in ours[1][6:8])
+    assert all(float(ours[0].state[p]["step"]) == 3.0 for p in ours[1][7:9])
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "lion"])

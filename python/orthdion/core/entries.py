@@ -7,7 +7,7 @@ small matrix. It is made anew when a tensor has been replaced, or lies elsewhere
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -17,23 +17,11 @@ from torch import Tensor
 
 from ..distributed import Placed, local
 from ..requests import Extent, Layout, Matrix
-from . import matrices
+from .fold import Copies, Fold, as_matrix, is_view, write_back
 from .rule import Rule
-from .states import orientation, ranked_of
+from .states import Sides, base_name, stored
 
-__all__ = ["Copies", "Entry"]
-
-
-@dataclass
-class Copies:
-    """What strides allowed no view of: copies to be written back after the step."""
-
-    made: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-
-    def write_back(self) -> None:
-        """Copies them into the tensors that they were made from."""
-        for t, matrix, like in self.made:
-            matrices.write_back(t, matrix, like)
+__all__ = ["Entry", "flat"]
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +33,8 @@ class Entry:
     rule: type[Rule]
     index: int
     placed: Placed
+    #: How it is matrices; None for an elementwise rule.
+    fold: Fold | None
     #: The layout of its matrices; replicas may average factors in place of gradients.
     layout: Layout
     #: Bytes that each rank has of it.
@@ -55,8 +45,8 @@ class Entry:
     _key: tuple[Any, ...] = ()
     #: Its states, and where they lie.
     _states: tuple[tuple[str, Tensor, int], ...] = ()
-    _flip: bool = False
-    _cut: list[tuple[int, int]] = field(default_factory=list)
+    #: Of each part: whether what is processed is the transpose of the upright matrix.
+    _flips: tuple[bool, ...] = ()
 
     def matrices(
         self,
@@ -82,12 +72,14 @@ class Entry:
                 return self._rows(g, state, layout, copies)
             made[0].g = row
             return made
+        fold = self.fold
+        assert fold is not None
         if len(made) == 1 and g.ndim == 2:
-            made[0].g = g.T if self._flip else g
+            made[0].g = g.T if self._flips[0] != fold.transposed else g
             return made
-        parts = _cut(g, local(self.p), self.group["flatten"], self._cut, copies, True)
-        for w, part in zip(made, parts, strict=True):
-            w.g = part.T if self._flip else part
+        parts = self._parts(g, local(self.p), None)
+        for i, (w, part) in enumerate(zip(made, parts, strict=True)):
+            w.g = part.T if self._flips[i % fold.parts] else part
         return made
 
     def forget(self) -> None:
@@ -97,9 +89,9 @@ class Entry:
     def _follow(self, state: dict[str, Tensor], deferred: bool) -> None:
         """Moves the states to where the model has been moved since they were made."""
         device = self.p.device
-        for name, spec in self.rule.states.items():
-            if state[name].device != device and (spec.axes or deferred):
-                state[name] = state[name].to(device)
+        for key, t in state.items():
+            if base_name(key) in self.rule.states and t.device != device and (t.ndim or deferred):
+                state[key] = t.to(device)
 
     def _lies_as_before(self, state: dict[str, Tensor], layout: Layout) -> bool:
         for name, t, address in self._states:
@@ -116,47 +108,57 @@ class Entry:
             found = self._matrices(state, rule, layout, copies)
         # A DTensor's local part may be another object at each step.
         if self.placed.mesh is None and len(copies.made) == before:
-            self._states = tuple((name, state[name], state[name].data_ptr()) for name in self.rule.states)
+            kept = ((key, t) for key, t in state.items() if base_name(key) in rule.states)
+            self._states = tuple((key, t, t.data_ptr()) for key, t in kept)
             self._key = (p.data_ptr(), p.shape, p.stride(), layout)
             self.seen = found
         return found
 
+    def _parts(self, t: Tensor, like: Tensor, copies: Copies | None) -> list[Tensor]:
+        """The upright matrices of a local tensor that lies as the weight does; ``copies`` None: to be read only."""
+        fold = self.fold
+        assert fold is not None
+        weights, span = fold.weights(t, like, copies), self.placed.ranges[fold.row_axis]
+        return [fold.part(u, k, span, copies) for u in weights for k in range(fold.parts)]
+
     def _matrices(self, state: dict[str, Tensor], rule: Rule, layout: Layout, copies: Copies) -> list[Matrix]:
-        p, group = self.p, self.group
-        x = local(p.detach())
-        count, m, n = matrices.matrix_shape(p.shape, group["flatten"], group["row_blocks"])
-        ranked = ranked_of(self.rule, state)
-        self._flip = orientation(p, group, self.rule, ranked)
-        blocks = group["row_blocks"]
-        self._cut = matrices.bounds(blocks, m, self.placed.ranges[0][0], len(x)) if blocks > 1 else [(0, len(x))]
-        xs = _cut(x, x, group["flatten"], self._cut, copies, False)
-        parts: dict[str, list[Tensor]] = {}
-        for name, spec in self.rule.states.items():
-            t = local(state[name])
-            if spec.axes == ():
-                parts[name] = [t] * len(xs)
-            elif set(spec.axes) == {"rows", "cols"}:
-                found = _cut(t, x, group["flatten"], self._cut, copies, False)
-                parts[name] = [f.T for f in found] if self._flip else found
-            elif len(spec.axes) == t.ndim and len(xs) > 1:  # rows of blocks, side by side
-                parts[name] = [t[a:b] for a, b in self._cut]
-            else:
-                parts[name] = [t] if len(spec.axes) == t.ndim else list(t.unbind(0))
-        shape, fan, scale = (n, m) if self._flip else (m, n), (m, n), rule.scale(m, n)
-        layout = layout.transposed if self._flip else layout
-        return [
-            Matrix(
-                x.T if self._flip else x,
-                x,
-                {name: part[k] for name, part in parts.items()},
-                shape,
-                fan,
-                scale,
-                layout,
-                extents=partial(self._extents, k, count, m, n) if self.placed.mesh is not None else None,
+        p, fold = self.p, self.fold
+        assert fold is not None
+        x, n = local(p.detach()), fold.cols
+        sides = Sides.read_off(fold, rule, state)
+        self._flips = sides.flips
+        span = self.placed.ranges[fold.row_axis]
+        xs = self._parts(x, x, copies)
+        found: list[dict[str, Tensor]] = [{} for _ in xs]
+        which = [(e, k) for e in range(len(xs) // fold.parts) for k in range(fold.parts)]
+        for key, kept in stored(fold, rule, sides, None).items():
+            t = local(state[key])
+            if not kept.parts:
+                parts = self._parts(t, x, copies) if kept.state.axes else [t] * len(xs)
+                for i, part in enumerate(parts):
+                    flip = sides.flips[which[i][1]] and bool(kept.state.axes)
+                    found[i][kept.name] = part.T if flip else part
+                continue
+            for i, (e, k) in enumerate(which):
+                if k in kept.parts:
+                    found[i][kept.name] = kept.of(t, fold, e, k, sides, span, copies)
+        made = []
+        for i, (_, k) in enumerate(which):
+            m, flip = fold.sizes[k], sides.flips[k]
+            extents = partial(self._extents, k) if self.placed.mesh is not None else None
+            made.append(
+                Matrix(
+                    xs[i].T if flip else xs[i],
+                    xs[i],
+                    found[i],
+                    (n, m) if flip else (m, n),
+                    (m, n),
+                    rule.scale(m, n),
+                    layout.transposed if flip else layout,
+                    extents=extents,
+                )
             )
-            for k, x in enumerate(xs)
-        ]
+        return made
 
     def _rows(self, g: Tensor, state: dict[str, Tensor], layout: Layout, copies: Copies) -> list[Matrix]:
         """A tensor of any shape as a row, or where it does not lie densely as what comes nearest."""
@@ -164,30 +166,28 @@ class Entry:
         names = [name for name, spec in self.rule.states.items() if spec.axes]
         tensors = [x, g, *(local(state[name]) for name in names)]
         counters = {name: state[name] for name in self.rule.states if name not in names}
-        found = matrices.flat(tensors)
+        found = flat(tensors)
         if found is None and x.ndim <= 2:
             found = [t if t.ndim == 2 else t.reshape(1, -1) if t.ndim == 0 else t[None] for t in tensors]
         if found is None:
-            found = [matrices.as_matrix(t, x) for t in tensors]
+            found = [as_matrix(t, x) for t in tensors]
             for k, (t, view) in enumerate(zip(tensors, found, strict=True)):
-                if k != 1 and not matrices.is_view(view, t):
-                    copies.made.append((t, view, x))
+                if k != 1 and not is_view(view, t):
+                    copies.made.append(partial(write_back, t, view, x))
         rows, cols = found[0].shape
         states = dict(zip(names, found[2:], strict=True)) | counters
         return [Matrix(found[0], found[1], states, (rows, cols), (rows, cols), 1.0, layout)]
 
-    def _extents(self, k: int, count: int, m: int, n: int) -> list[Extent]:
-        """What each rank of the shards has of matrix ``k``."""
-        found, first = [], 1 if self.p.ndim == 3 and not self.group["flatten"] else 0
+    def _extents(self, k: int) -> list[Extent]:
+        """What each rank of the shards has of the matrix that part ``k`` is."""
+        fold, found = self.fold, []
+        assert fold is not None
         every = self.placed.ranges_over_shards()
-        columns = _side_by_side({ranges[first + 1 :] for ranges in every})
+        columns = _side_by_side({tuple(ranges[a] for a in fold.col_axes) for ranges in every})
         for ranges in every:
-            (top, bottom), (left, right) = ranges[first], columns[ranges[first + 1 :]]
-            if first == 0 and count > 1:
-                ((a, b),) = matrices.bounds(count, m, top, bottom - top)[k : k + 1]
-                top, bottom = top + a - k * m, top + b - k * m
-                top, bottom = (top, bottom) if a < b else (0, 0)
-            found.append((left, right, top, bottom) if self._flip else (top, bottom, left, right))
+            top, bottom = (fold.before(k, row) for row in ranges[fold.row_axis])
+            left, right = columns[tuple(ranges[a] for a in fold.col_axes)]
+            found.append((left, right, top, bottom) if self._flips[k] else (top, bottom, left, right))
         return found
 
 
@@ -197,7 +197,7 @@ def _row(g: Tensor, x: Tensor, p: Tensor) -> Tensor | None:
         return None
     if g.is_contiguous() and p.is_contiguous():
         return g.view(1, -1)
-    found = matrices.flat([p, g])
+    found = flat([p, g])
     return None if found is None else found[1]
 
 
@@ -210,15 +210,10 @@ def _side_by_side(parts: set[tuple[tuple[int, int], ...]]) -> dict[tuple[tuple[i
     return dict(zip(order, zip([0, *ends], ends, strict=False), strict=True))
 
 
-def _cut(
-    t: Tensor, like: Tensor, flatten: bool | None, cut: list[tuple[int, int]], copies: Copies, read_only: bool
-) -> list[Tensor]:
-    """The 2-D views of a tensor; ``cut`` are the row ranges of its blocks, of which this rank may hold a part."""
-    if t.ndim == 3 and not flatten:
-        return list(t.unbind(0))
-    if t.ndim == 2 and len(cut) == 1:
-        return [t]
-    matrix = matrices.as_matrix(t, like)
-    if not read_only and not matrices.is_view(matrix, t):
-        copies.made.append((t, matrix, like))
-    return [matrix] if len(cut) == 1 else [matrix[a:b] for a, b in cut]
+def flat(tensors: list[Tensor]) -> list[Tensor] | None:
+    """The tensors as single rows, all in one order of memory; None unless they are dense and lie alike."""
+    first = tensors[0]
+    strides = first.stride()
+    order = sorted(range(first.ndim), key=lambda d: (-strides[d], d))
+    rows = [t.permute(order) for t in tensors]
+    return [t.view(1, -1) for t in rows] if all(t.is_contiguous() for t in rows) else None

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, rust_core_error
-from ..distributed import Placed, local, place, roles
-from . import gradients, matrices, states
+from ..distributed import Placed, local, place
+from . import gradients, states
 from .entries import Entry
+from .fold import SHAPE_KEYS, Fold, as_matrix, check_shape_keys, is_view
 from .options import names_of, options_of, refuse_unknown, unpack_betas
 from .registry import find, register, rules
 from .resolved import Resolved
@@ -25,7 +26,6 @@ __all__ = ["MATRIX", "Groups"]
 MATRIX = "matrix"
 #: Options that groups of every rule take from the optimizer's constructor.
 _SHARED = ("lr", "weight_decay", "maximize")
-_SHAPE_KEYS = ("flatten", "row_blocks")
 
 
 class Groups(SavedOptimizer):
@@ -77,7 +77,7 @@ class Groups(SavedOptimizer):
         rule = self._own if name in (MATRIX, self._own.name) else find(name)
         group["algorithm"] = rule.name
         unpack_betas(group)
-        refuse_unknown(group, (*names_of(rule), *_SHAPE_KEYS, "algorithm", "betas"), self.defaults)
+        refuse_unknown(group, (*names_of(rule), *SHAPE_KEYS, "algorithm", "betas"), self.defaults)
         filled = {f.name: f.default for f in fields(rule)}
         for f in fields(rule):
             if f.name in self._given or (f.name in _SHARED and f.name in self.defaults):
@@ -88,8 +88,7 @@ class Groups(SavedOptimizer):
         filled = cast(dict[str, Any], rule.resolve({**filled, **own}))
         rest = {k: v for k, v in group.items() if k not in filled and k not in self.defaults}
         return {
-            "flatten": None,
-            "row_blocks": 1,
+            **SHAPE_KEYS,
             **rest,
             "algorithm": rule.name,
             **filled,
@@ -105,7 +104,7 @@ class Groups(SavedOptimizer):
         self._check_overlap()
         for p, (entry, state) in zip(group["params"], made, strict=True):
             self._entries[id(p)], self.state[p] = entry, state
-            self._comm.uniform &= not entry.placed.stack_is_shared(p.ndim, group["flatten"])
+            self._comm.uniform &= not entry.placed.stack_is_shared(entry.fold is not None and entry.fold.stacked)
 
     def _made(self, p: Tensor, group: dict[str, Any], index: int) -> tuple[Entry, dict[str, Tensor]]:
         """A parameter's entry and first states, if it can be stepped."""
@@ -116,39 +115,47 @@ class Groups(SavedOptimizer):
             raise TypeError(f"{name} is sparse; make it dense (embedding: sparse=False)")
         choose(self._backend, p.device, p.dtype)
         kind, rule = find(group["algorithm"]), self._rule(self._position(group), group)
-        placed, start, r, flip = self._placed(p, group, kind, name), None, 0, False
-        if not kind.elementwise:
-            try:
-                count, m, n = matrices.matrix_shape(p.shape, group["flatten"], group["row_blocks"])
-            except ValueError as e:
-                raise ValueError(f"{name}: {e}") from None
-            r, flip = rule.rank(m, n), states.orientation(p, group, kind)
-            sides = {"rows": n if flip else m, "cols": m if flip else n}
-            for spec in kind.states.values():
-                if spec.start == "orthonormal":
-                    start = matrices.start((count, sides[spec.axes[0]], r), self._seed, index)
-        layout = states.specs(name, p, group, placed, kind, r, flip)
-        state = states.initial(p, kind, placed, layout, start, self._formats)
-        return self._entered(p, group, kind, rule, placed, r, index), state
+        fold, sides = self._fold(p, group, kind, name), states.Sides((), ())
+        placed = self._placed(p, fold, name)
+        if fold is not None:
+            sides = states.Sides.of(fold, rule)
+        layout = states.stored(fold, rule, sides, (name, p, placed))
+        state = states.initial(p, fold, sides, placed, layout, self._formats, self._seed, index)
+        return self._entered(p, group, kind, rule, placed, fold, sides, index), state
 
-    def _placed(self, p: Tensor, group: dict[str, Any], kind: type[Rule], name: str) -> Placed:
-        of = None if kind.elementwise else roles(p.ndim, group["flatten"])
-        placed = place(p, name, of, self._meshes.replicas)
+    def _fold(self, p: Tensor, group: dict[str, Any], kind: type[Rule], name: str) -> Fold | None:
+        if kind.elementwise:
+            return None
+        try:
+            return Fold.of(p.shape, group)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+
+    def _placed(self, p: Tensor, fold: Fold | None, name: str) -> Placed:
+        placed = place(p, name, None if fold is None else fold.roles, self._meshes.replicas)
         self._meshes.check(name, placed)
         return placed
 
     def _entered(
-        self, p: Tensor, group: dict[str, Any], kind: type[Rule], rule: Rule, placed: Placed, r: int, index: int
+        self,
+        p: Tensor,
+        group: dict[str, Any],
+        kind: type[Rule],
+        rule: Rule,
+        placed: Placed,
+        fold: Fold | None,
+        sides: states.Sides,
+        index: int,
     ) -> Entry:
         """The entry; over replicas, factors travel if they are smaller than the gradient (section 7)."""
         at = placed.layout
-        if at.replicas.size > 1 and kind.averages_factors:
-            _, m, n = matrices.matrix_shape(p.shape, group["flatten"], group["row_blocks"])
-            at = replace(at, compressed=(m + n) * r < m * n)
+        if at.replicas.size > 1 and kind.averages_factors and fold is not None:
+            factors = sum((m + fold.cols) * r for m, r in zip(fold.sizes, sides.ranks, strict=True))
+            at = replace(at, compressed=factors < fold.rows * fold.cols)
         if (why := rule.unsupported(at)) is not None:
             raise ValueError(f"{self._name(p)}: {why}")
         size = p.numel() * p.element_size() // at.shards.size
-        return Entry(p, group, kind, index, placed, at, size)
+        return Entry(p, group, kind, index, placed, fold, at, size)
 
     def _entry(self, p: Tensor, group: dict[str, Any]) -> Entry:
         """A parameter's entry; made where there is none, as after unpickling, or for a parameter that has been put into
@@ -164,9 +171,11 @@ class Groups(SavedOptimizer):
             entry, state = self._made(p, group, index)
             self.state[p] = cast(Any, state)
         else:
-            ranked = states.ranked_of(kind, self.state[p])
-            placed, r = self._placed(p, group, kind, self._name(p)), 0 if ranked is None else ranked.shape[-1]
-            entry = self._entered(p, group, kind, self._rule(k, group), placed, r, index)
+            name, rule = self._name(p), self._rule(k, group)
+            fold, sides = self._fold(p, group, kind, name), states.Sides((), ())
+            if fold is not None:
+                sides = states.Sides.read_off(fold, rule, self.state[p])
+            entry = self._entered(p, group, kind, rule, self._placed(p, fold, name), fold, sides, index)
         self._entries[id(p)] = entry
         return entry
 
@@ -183,8 +192,8 @@ class Groups(SavedOptimizer):
             for p in group["params"]:
                 here = local(p.detach())
                 if here.device.type == "cpu" and here.ndim > 0 and here.numel():
-                    matrix = here[None] if here.ndim == 1 else matrices.as_matrix(here, here)
-                    if matrices.is_view(matrix, here):
+                    matrix = here[None] if here.ndim == 1 else as_matrix(here, here)
+                    if is_view(matrix, here):
                         views.append(matrix)
                         names.append(p)
         if (pair := _core.overlap(operands(*views)) if views else None) is not None:
@@ -217,24 +226,24 @@ class Groups(SavedOptimizer):
         """
         kind = find(group["algorithm"])
         unpack_betas(group)
-        refuse_unknown(group, (*names_of(kind), *_SHAPE_KEYS, "algorithm", "betas"))
+        refuse_unknown(group, (*names_of(kind), *SHAPE_KEYS, "algorithm", "betas"))
         options = options_of(kind)
         if before is not None and before.group is group:
             self._refuse_structural(k, group, before)
+        if lost := [name for name in (*options, *SHAPE_KEYS) if name not in group]:
+            raise ValueError(f"group {k} has lost its key {lost[0]!r}; put it back")
         plain: dict[str, Any] = {}
         for name, option in options.items():
-            if name not in group:
-                raise ValueError(f"group {k} has lost its key {name!r}; put it back")
             value = group[name]
             if isinstance(value, Tensor) and value.device.type != "cpu":
                 plain[name] = float("nan")  # read on the device
                 continue
             group[name] = option.check(name, value)
             plain[name] = float(value) if isinstance(value, Tensor) else group[name]
-        _check_shape_keys(group)
+        check_shape_keys(group)
         rule = kind(**plain)
         rule.check()
-        names = (*options, *_SHAPE_KEYS, "algorithm")
+        names = (*options, *SHAPE_KEYS, "algorithm")
         values = [group[name] for name in names]
         live = any(isinstance(v, Tensor) for v in values)
         if before is None or _apart_from_rates(rule) != _apart_from_rates(before.rule):
@@ -260,13 +269,3 @@ class Groups(SavedOptimizer):
 
 def _apart_from_rates(rule: Rule) -> Rule:
     return replace(rule, lr=0.0, weight_decay=0.0)
-
-
-def _check_shape_keys(group: dict[str, Any]) -> None:
-    blocks, flatten = group["row_blocks"], group["flatten"]
-    if isinstance(blocks, bool) or not isinstance(blocks, int):
-        raise TypeError(f"row_blocks must be a whole number, not {blocks!r}")
-    if blocks < 1:
-        raise ValueError(f"row_blocks must be at least 1, but it is {blocks}")
-    if flatten is not None and not isinstance(flatten, bool):
-        raise TypeError(f"flatten must be True, False or None, not {flatten!r}")

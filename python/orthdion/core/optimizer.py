@@ -17,7 +17,8 @@ from ..backends import choose, get
 from ..distributed import Meshes, Replicas, Traffic, local
 from ..requests import Body, Deferred, Layout, Matrix, Outcome, Precision, Report
 from . import gradients
-from .entries import Copies, Entry
+from .entries import Entry
+from .fold import Copies
 from .groups import Groups
 from .options import check_number
 from .rule import Rule

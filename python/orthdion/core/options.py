@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .fold import SHAPE_KEYS
+
 __all__ = [
     "FOREIGN",
     "Option",
@@ -35,7 +37,7 @@ __all__ = [
 #: Group keys of torch, its schedulers, and frameworks that put their own into every group. They mean nothing here.
 FOREIGN = frozenset(
     {
-        *("params", "param_names", "algorithm", "flatten", "row_blocks", "step", "name"),
+        *("params", "param_names", "algorithm", *SHAPE_KEYS, "step", "name"),
         *("initial_lr", "max_lr", "min_lr", "base_lr", "base_momentum", "max_momentum", "swa_lr"),
         *("fused", "foreach", "capturable", "differentiable", "lr_scale", "lr_mult", "wd_mult", "rho", "oversample"),
         *("use_fallback", "fix_step", "layer_decay", "group_name", "decoupled_weight_decay"),

@@ -15,6 +15,7 @@ from ..requests import Outcome
 from . import states
 from .capture import Rates, Skips
 from .entries import Entry
+from .fold import SHAPE_KEYS
 from .gradients import mean_over
 from .options import names_of, options_of, unpack_betas
 from .registry import find, rules
@@ -23,9 +24,6 @@ from .rule import Rule
 from .runtime import Runtime, one_each
 
 __all__ = ["SavedOptimizer"]
-
-#: What pairs a saved group with one of ours: it says how parameters are seen as matrices.
-_SHAPE_KEYS = ("flatten", "row_blocks")
 
 
 class SavedOptimizer(Optimizer):
@@ -121,9 +119,10 @@ class SavedOptimizer(Optimizer):
         own, given = self.param_groups, state_dict["param_groups"]
         if [len(g["params"]) for g in given] != [len(g["params"]) for g in own]:
             raise ValueError("the loaded state has other parameter groups than this optimizer; build them alike first")
-        groups = [_merged(i, own[i], g, dict(algorithms or {})) for i, g in enumerate(given)]
+        merged = [_merged(i, own[i], g, dict(algorithms or {})) for i, g in enumerate(given)]
+        groups = [g for g, _ in merged]
         loaded = {}
-        for group, saved in zip(own, groups, strict=True):
+        for group, (saved, rule) in zip(own, merged, strict=True):
             for p, i in zip(group["params"], saved["params"], strict=True):
                 state = state_dict["state"].get(i, {})
                 if state:  # an optimizer that makes states late has none for a parameter it never stepped
@@ -131,7 +130,7 @@ class SavedOptimizer(Optimizer):
                     if "step" in entry.rule.states:  # microsoft/dion counts steps a group
                         state = {"step": torch.tensor(float(saved["step"])), **state}
                     name = self._name(p)
-                    loaded[p] = states.fitted(name, p, group, entry.placed, entry.rule, self.state[p], state)
+                    loaded[p] = states.fitted(name, p, entry.fold, entry.placed, rule, self.state[p], state)
         # torch would cast states to the weights' dtype: it gets the groups only, and hooks run around all of it.
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._optimizer_load_state_dict_post_hooks = OrderedDict()
@@ -172,8 +171,10 @@ class SavedOptimizer(Optimizer):
             self._skips.counts.update(skipped)
 
 
-def _merged(index: int, own: dict[str, Any], saved: dict[str, Any], algorithms: dict[str, str]) -> dict[str, Any]:
-    """A saved group, checked; keys that its library does not have keep this optimizer's values."""
+def _merged(
+    index: int, own: dict[str, Any], saved: dict[str, Any], algorithms: dict[str, str]
+) -> tuple[dict[str, Any], Rule]:
+    """A saved group, checked, and its rule; keys that its library does not have keep this optimizer's values."""
     saved = dict(saved)
     name = saved.get("algorithm", own["algorithm"])
     name = algorithms.get(name, name)
@@ -184,8 +185,8 @@ def _merged(index: int, own: dict[str, Any], saved: dict[str, Any], algorithms: 
             f"{{{saved['algorithm']!r}: {own['algorithm']!r}}})"
         )
     saved["algorithm"] = name
-    for key in _SHAPE_KEYS:
-        if key in saved and saved[key] != own[key]:
+    for key in SHAPE_KEYS:
+        if key in saved and (tuple(saved[key]) if isinstance(saved[key], list) else saved[key]) != own[key]:
             raise ValueError(
                 f"the loaded group {index} has {key}={saved[key]!r}, this one {own[key]!r}; build them alike first"
             )
@@ -199,5 +200,6 @@ def _merged(index: int, own: dict[str, Any], saved: dict[str, Any], algorithms: 
             saved[option] = what.check(option, saved[option])
     result = {**{k: v for k, v in own.items() if k != "params"}, **saved}
     plain: dict[str, Any] = {k: float(v) if isinstance(v, Tensor) else v for k, v in result.items() if k in known}
-    rule(**plain).check()
-    return result
+    made = rule(**plain)
+    made.check()
+    return result, made

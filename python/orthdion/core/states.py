@@ -9,28 +9,19 @@ import torch
 from torch import Tensor
 
 from ..distributed import Placed, is_dtensor, local
-from . import matrices
-from .rule import Rule, StateSpec
+from ..linalg import qr
+from .fold import Copies, Fold
+from .rule import Axis, Rule, StateSpec
 
-__all__ = ["Formats", "Spec", "fitted", "initial", "orientation", "ranked_of", "single", "specs"]
+__all__ = ["Formats", "Sides", "Stored", "base_name", "fitted", "initial", "start", "stored"]
+
+#: Ends the key of a state of those parts that are processed transposed, where others are not.
+_WIDE = "_wide"
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A state's whole shape, which of its axes are which of the parameter's, and how many of its entries belong to one
-    of the parameter's there: the positions of a convolution's kernel.
-    """
-
-    shape: torch.Size
-    axes: dict[int, int]
-    width: int = 1
-
-    def part(self, whole: Tensor, placed: Placed) -> Tensor:
-        """The rank's part of the whole state."""
-        for axis, own in self.axes.items():
-            start, stop = placed.ranges[axis]
-            whole = whole.narrow(own, start * self.width, (stop - start) * self.width)
-        return whole
+def base_name(key: str) -> str:
+    """The rule's name of a state, from its key."""
+    return key.removesuffix(_WIDE)
 
 
 @dataclass(frozen=True)
@@ -46,116 +37,229 @@ class Formats:
         return state.dtype or chosen or p.dtype
 
 
-def single(p: Tensor, group: dict[str, Any]) -> bool:
-    """Whether the parameter is one matrix, whose states have no leading axis."""
-    return not (p.ndim == 3 and not group["flatten"]) and group["row_blocks"] == 1
+@dataclass(frozen=True)
+class Sides:
+    """Of each part of a parameter: whether the transposed matrix is processed, and its rank."""
+
+    flips: tuple[bool, ...]
+    ranks: tuple[int, ...]
+
+    @staticmethod
+    def of(fold: Fold, rule: Rule) -> Sides:
+        """As a rule starts: one that is ``tall`` transposes what has more columns than rows."""
+        flips = tuple(rule.tall and m < fold.cols for m in fold.sizes)
+        return Sides(flips, tuple(rule.rank(m, fold.cols) for m in fold.sizes))
+
+    @staticmethod
+    def read_off(fold: Fold, rule: Rule, states: dict[str, Any]) -> Sides:
+        """As states say, which may have another rank, or of a single matrix be the other side's.
+
+        Raises:
+            ValueError: where parts of unequal size would need unequal ranks that are not the rule's.
+        """
+        found = Sides.of(fold, rule)
+        for key, kept in stored(fold, rule, found, None).items():
+            axes = kept.state.axes
+            if "rank" not in axes or key not in states:
+                continue
+            shape = states[key].shape
+            r = shape[axes.index("rank") - len(axes)]
+            if r == max(found.ranks[k] for k in kept.parts):
+                ranks = found.ranks
+            elif len(set(fold.sizes)) == 1:
+                ranks = (r,) * fold.parts
+            else:
+                raise ValueError(f"{key} has rank {r}; parts of unequal size cannot change their rank")
+            flips = found.flips
+            if fold.parts == 1 and axes == ("cols", "rank") and fold.rows != fold.cols:
+                flips = (bool(rule.tall and shape[-2] == fold.rows),)
+            found = Sides(flips, ranks)
+        return found
 
 
-def orientation(p: Tensor, group: dict[str, Any], rule: type[Rule], ranked: Tensor | None = None) -> bool:
-    """Whether the transposed matrix is processed: for a rule that is ``tall``, where the columns are more; unless a
-    state with axes (cols, rank) says already which side is which.
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a parameter's states.
+
+    Attributes:
+        name: the rule's name of it; parts that are processed transposed have a tensor of their own where not all are.
+        state: its axes and start.
+        parts: which parts of the parameter it is of.
+        shape: over all ranks.
+        axes: which of its axes go with which of the parameter's.
+        width: how many entries belong to one of the parameter's there: the positions of a convolution's kernel.
+        beside: parts lie side by side along this axis, counted from the first behind the stack's, as the parameter's
+            rows do; None: one after the other along an axis of their own.
     """
-    if not rule.tall:
-        return False
-    _, m, n = matrices.matrix_shape(p.shape, group["flatten"], group["row_blocks"])
-    return m < n if ranked is None or m == n else bool(ranked.shape[-2] == m)
+
+    name: str
+    state: StateSpec
+    parts: tuple[int, ...]
+    shape: torch.Size
+    axes: dict[int, int]
+    width: int = 1
+    beside: int | None = None
+
+    def local_part(self, whole: Tensor, placed: Placed) -> Tensor:
+        """The rank's part of the whole state."""
+        for axis, own in self.axes.items():
+            first, last = placed.ranges[axis]
+            whole = whole.narrow(own, first * self.width, (last - first) * self.width)
+        return whole
+
+    def of(self, t: Tensor, fold: Fold, e: int, k: int, sides: Sides, span: tuple[int, int], copies: Copies) -> Tensor:
+        """The state of part ``k`` of weight ``e``, from this rank's tensor."""
+        t = t[e] if fold.stacked else t
+        if fold.parts > 1:
+            whole = self.beside is None
+            t = t[self.parts.index(k)] if whole else fold.part(t, k, span, copies, self.beside or 0)
+        if "rank" in self.state.axes:
+            t = t.narrow(self.state.axes.index("rank"), 0, sides.ranks[k])
+        return t
 
 
-def ranked_of(rule: type[Rule], states: dict[str, Any]) -> Any:
-    """A state with axes (cols, rank), from which orientation and rank can be read; None if there is none."""
-    return next((states[k] for k, s in rule.states.items() if s.axes == ("cols", "rank") and k in states), None)
-
-
-def specs(
-    name: str, p: Tensor, group: dict[str, Any], placed: Placed, rule: type[Rule], r: int, flip: bool
-) -> dict[str, Spec]:
-    """Of each state.
+def stored(fold: Fold | None, rule: Rule, sides: Sides, at: tuple[str, Tensor, Placed] | None) -> dict[str, Stored]:
+    """Every tensor that a parameter's states are kept in. ``fold`` None: of an elementwise rule. ``at``: the name, the
+    parameter and how it lies over ranks; None: as if on one.
 
     Raises:
         NotImplementedError: where a state would have to be split other than the parameter is.
     """
-    found = {}
-    for key, state in rule.states.items():
+    found: dict[str, Stored] = {}
+    for name, state in rule.states.items():
         if state.axes == ():
-            found[key] = Spec(torch.Size(()), {})
-        elif rule.elementwise or set(state.axes) == {"rows", "cols"}:
-            found[key] = Spec(p.shape, {a: a for a in range(p.ndim)})
+            found[name] = Stored(name, state, (), torch.Size(()), {})
+        elif fold is None or set(state.axes) == {"rows", "cols"}:
+            shape = torch.Size(fold.shape) if fold is not None else at[1].shape if at is not None else torch.Size(())
+            found[name] = Stored(name, state, (), shape, {a: a for a in range(len(shape))})
         else:
-            found[key] = _spec(name, p, group, placed, state, r, flip)
+            for flip in sorted(set(sides.flips)):
+                parts = tuple(k for k in range(fold.parts) if sides.flips[k] == flip)
+                key = name if len(parts) == fold.parts or not flip else name + _WIDE
+                found[key] = _stored(name, state, fold, parts, sides, flip, at)
     return found
 
 
-def _spec(name: str, p: Tensor, group: dict[str, Any], placed: Placed, state: StateSpec, r: int, flip: bool) -> Spec:
-    """Of a state of each matrix: the stack's axis, or the blocks', and then its own."""
-    blocks, stacked = group["row_blocks"], p.ndim == 3 and not group["flatten"]
-    count, m, n = matrices.matrix_shape(p.shape, group["flatten"], blocks)
-    upright, across = ("cols", "rows") if flip else ("rows", "cols")
-    sizes = {upright: m, across: n, "rank": r}
-    first = 1 if stacked else 0
-    divided = [a for a in range(p.ndim) if any(s.is_shard(a) for s in placed.placements)]
-    if blocks > 1 and state.axes == (upright,):  # blocks of rows stay side by side, as the parameter's are
-        return Spec(torch.Size((p.shape[0],)), {0: 0} if 0 in divided else {})
-    lead = () if single(p, group) else (count,)
+def _stored(
+    name: str,
+    state: StateSpec,
+    fold: Fold,
+    parts: tuple[int, ...],
+    sides: Sides,
+    flip: bool,
+    at: tuple[str, Tensor, Placed] | None,
+) -> Stored:
+    """Of a state of each matrix: the stack's axis, the parts', and then its own."""
+    upright: Axis = "cols" if flip else "rows"
+    across: Axis = "rows" if flip else "cols"
+    several = fold.parts > 1
+    rows = fold.rows if several else fold.sizes[0]
+    sizes: dict[Axis, int] = {upright: rows, across: fold.cols, "rank": max(sides.ranks[k] for k in parts)}
+    beside = state.axes.index(upright) if several and upright in state.axes else None
+    lead = ((fold.stack,) if fold.stacked else ()) + ((len(parts),) if several and beside is None else ())
     shape = torch.Size((*lead, *(sizes[a] for a in state.axes)))
-    axes = {0: 0} if stacked and 0 in divided else {}
+    if at is None:
+        return Stored(name, state, parts, shape, {}, beside=beside)
+    divided = [a for a in range(len(fold.shape)) if any(s.is_shard(a) for s in at[2].placements)]
+    axes = {0: 0} if fold.stacked and 0 in divided else {}
     width = 1
     for own, axis in enumerate(state.axes, start=len(lead)):
-        if axis == upright and first in divided:
-            if blocks > 1:
-                raise NotImplementedError(
-                    f"{name}: its {blocks} blocks of {m} rows are wider than tall, and its rows are sharded; "
-                    "shard its columns, or give its group row_blocks=1"
-                )
-            axes[first] = own
-        if axis == across and (late := [a for a in divided if a > first]):
-            if p.ndim > 2 and not stacked:
-                parts = 1
-                for k, s in enumerate(placed.placements):
-                    parts *= placed.mesh.size(k) if s.is_shard(1) else 1
-                if late != [1] or p.shape[1] % parts or not local(p).is_contiguous():
-                    raise NotImplementedError(
-                        f"{name} is sharded along axis {late} of a convolution's (out, in, kernel); shard its first "
-                        "axis"
-                    )
-                width = n // p.shape[1]
-            axes[first + 1] = own
-    return Spec(shape, axes, width)
+        if axis == upright and fold.row_axis in divided:
+            axes[fold.row_axis] = own
+        if axis == across and any(a in divided for a in fold.col_axes):
+            width = fold.cols // fold.shape[fold.col_axes[0]]
+            if len(fold.col_axes) > 1:
+                _check_convolution(*at, fold, divided)
+            axes[fold.col_axes[0]] = own
+    return Stored(name, state, parts, shape, axes, width, beside)
+
+
+def _check_convolution(name: str, p: Tensor, placed: Placed, fold: Fold, divided: list[int]) -> None:
+    """Refuses a convolution whose columns are not cut into whole input channels, alike on all ranks."""
+    parts = 1
+    for k, s in enumerate(placed.placements):
+        parts *= placed.mesh.size(k) if s.is_shard(1) else 1
+    late = [a for a in divided if a in fold.col_axes]
+    if late != [1] or p.shape[1] % parts or not local(p).is_contiguous():
+        raise NotImplementedError(
+            f"{name} is sharded along axis {late} of a convolution's (out, in, kernel); shard its first axis"
+        )
+
+
+def start(shape: tuple[int, int, int], seed: int, index: int) -> Tensor:
+    """The first Q of parameter ``index``: (count, n, r) orthonormal float64 on the CPU.
+
+    Drawn from a generator of its own, so that every rank of a group draws the same and the user's random stream is
+    untouched.
+    """
+    generator = torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + index) % 2**63)
+    return _orthonormal(shape, generator)
+
+
+def _orthonormal(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    count, n, r = shape
+    if 0 in shape:
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
+    # Our own QR, because its bits do not depend on the number of threads.
+    return qr(torch.randn(count, n, r, generator=generator, dtype=torch.float32, device="cpu"))[0].double()
+
+
+def _first(kept: Stored, fold: Fold, sides: Sides, seed: int, index: int) -> Tensor:
+    """The whole of a state that starts orthonormal, each matrix of it; zero where a part has a smaller rank."""
+    side = fold.cols if kept.beside is None else None
+    if fold.parts == 1 or (side is not None and len({sides.ranks[k] for k in kept.parts}) == 1):
+        count = fold.stack * len(kept.parts)
+        return start((count, kept.shape[-2], kept.shape[-1]), seed, index).view(kept.shape)
+    generator = torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + index) % 2**63)
+    whole, copies = torch.zeros(kept.shape, dtype=torch.float64, device="cpu"), Copies()
+    for e in range(fold.stack):
+        for k in kept.parts:
+            part = kept.of(whole, fold, e, k, sides, (0, fold.rows), copies)
+            part.copy_(_orthonormal((1, part.shape[0], part.shape[1]), generator)[0])
+    copies.write_back()
+    return whole
 
 
 def initial(
-    p: Tensor, rule: type[Rule], placed: Placed, layout: dict[str, Spec], start: Tensor | None, formats: Formats
+    p: Tensor,
+    fold: Fold | None,
+    sides: Sides,
+    placed: Placed,
+    layout: dict[str, Stored],
+    formats: Formats,
+    seed: int,
+    index: int,
 ) -> dict[str, Tensor]:
-    """A parameter's first states; ``start`` is the whole of those that start orthonormal."""
-    here, state = local(p).detach(), {}
-    for key, spec in rule.states.items():
-        dtype = formats.of(spec, p)
-        if spec.axes == ():
+    """A parameter's first states."""
+    here, states = local(p).detach(), {}
+    for key, kept in layout.items():
+        dtype = formats.of(kept.state, p)
+        if kept.state.axes == ():
             # Counted for each parameter, as torch does: one that first gets a gradient late has a count of its own.
-            state[key] = torch.zeros((), dtype=dtype, device="cpu")
+            states[key] = torch.zeros((), dtype=dtype, device="cpu")
             continue
-        if spec.start == "orthonormal":
-            assert start is not None
-            part = layout[key].part(start.view(layout[key].shape), placed)
+        if kept.state.start == "orthonormal" and fold is not None:
+            part = kept.local_part(_first(kept, fold, sides, seed, index), placed)
             # A copy of its own: nothing larger is kept alive, and nothing is shared.
             made = part.to(device=here.device, dtype=dtype, copy=True).contiguous()
-        elif rule.elementwise or set(spec.axes) == {"rows", "cols"}:
+        elif not kept.parts:
             made = torch.zeros_like(here, dtype=dtype, memory_format=torch.preserve_format)
         else:
-            lengths = list(layout[key].shape)
-            for axis, own in layout[key].axes.items():
+            lengths = list(kept.shape)
+            for axis, own in kept.axes.items():
                 first, last = placed.ranges[axis]
-                lengths[own] = (last - first) * layout[key].width
+                lengths[own] = (last - first) * kept.width
             made = torch.zeros(lengths, dtype=dtype, device=here.device)
-        state[key] = placed.wrap(made, layout[key].shape, layout[key].axes)
-    return state
+        states[key] = placed.wrap(made, kept.shape, kept.axes)
+    return states
 
 
 def fitted(
     name: str,
     p: Tensor,
-    group: dict[str, Any],
+    fold: Fold | None,
     placed: Placed,
-    rule: type[Rule],
+    rule: Rule,
     current: dict[str, Tensor],
     saved: dict[str, Any],
 ) -> dict[str, Tensor]:
@@ -166,53 +270,33 @@ def fitted(
     Raises:
         ValueError: for states that are missing, or that have other shapes.
     """
-    own = {k: t for k, t in current.items() if k in rule.states}
-    if missing := own.keys() - saved.keys():
+    usual = stored(fold, rule, Sides((), ()) if fold is None else Sides.of(fold, rule), (name, p, placed))
+    if missing := usual.keys() - saved.keys():
         raise ValueError(
             f"the loaded state of {name} has no {', '.join(sorted(missing))} (it has {', '.join(saved)}); "
             "it is of another kind of optimizer"
         )
-    new = {k: saved[k] if isinstance(saved[k], Tensor) else torch.as_tensor(saved[k]) for k in own}
-    ranked = ranked_of(rule, new)
-    if ranked is not None:
-        flip, r = _ranked_like(name, p, group, rule, ranked, ranked_of(rule, own))
-    else:
-        flip, r = orientation(p, group, rule), _rank_in(rule, own)
-    layout = specs(name, p, group, placed, rule, r, flip)
-    result: dict[str, Any] = {k: v for k, v in saved.items() if k not in own}
-    for key, tensor in own.items():
-        if tuple(new[key].shape) != tuple(layout[key].shape):
-            raise _misfit(name, key, new[key], layout[key].shape)
-        result[key] = _fitted(placed, layout[key], tensor, new[key])
+    new = {k: saved[k] if isinstance(saved[k], Tensor) else torch.as_tensor(saved[k]) for k in usual}
+    layout = usual
+    if fold is not None and all(new[k].ndim == len(usual[k].shape) for k in usual):
+        try:
+            sides = Sides.read_off(fold, rule, new)
+        except ValueError as e:
+            raise ValueError(f"the loaded state of {name}: {e}") from None
+        if all(r <= min(m, fold.cols) for r, m in zip(sides.ranks, fold.sizes, strict=True)):
+            layout = stored(fold, rule, sides, (name, p, placed))
+    result: dict[str, Any] = {k: v for k, v in saved.items() if k not in usual}
+    for key, kept in layout.items():
+        if tuple(new[key].shape) != tuple(kept.shape):
+            raise ValueError(
+                f"the loaded {key} of {name} has shape {tuple(new[key].shape)}, but {tuple(kept.shape)} is needed; "
+                "load it into the model that it was saved from"
+            )
+        result[key] = _fitted(placed, kept, current[key], new[key])
     return result
 
 
-def _rank_in(rule: type[Rule], states: dict[str, Tensor]) -> int:
-    """The length of the axis "rank" of any state; 0 where none has it."""
-    ranks = [states[k].shape[s.axes.index("rank") - len(s.axes)] for k, s in rule.states.items() if "rank" in s.axes]
-    return ranks[0] if ranks else 0
-
-
-def _ranked_like(
-    name: str, p: Tensor, group: dict[str, Any], rule: type[Rule], ranked: Tensor, current: Tensor
-) -> tuple[bool, int]:
-    """``(flip, rank)`` that a saved ranked state has."""
-    m, n = matrices.matrix_shape(p.shape, group["flatten"], group["row_blocks"])[1:]
-    fits = ranked.ndim == current.ndim and ranked.shape[:-2] == current.shape[:-2]
-    if not fits or ranked.shape[-2] not in (m, n) or ranked.shape[-1] > min(m, n):
-        key = next(k for k, s in rule.states.items() if s.axes == ("cols", "rank"))
-        raise _misfit(name, key, ranked, current.shape)
-    return orientation(p, group, rule, ranked), ranked.shape[-1]
-
-
-def _misfit(name: str, key: str, new: Tensor, need: torch.Size) -> ValueError:
-    return ValueError(
-        f"the loaded {key} of {name} has shape {tuple(new.shape)}, but {tuple(need)} is needed; load it into the model "
-        "that it was saved from"
-    )
-
-
-def _fitted(placed: Placed, spec: Spec, tensor: Tensor, new: Tensor) -> Tensor:
+def _fitted(placed: Placed, kept: Stored, tensor: Tensor, new: Tensor) -> Tensor:
     own = local(tensor)
     if not is_dtensor(tensor):
         return _like(own, new.full_tensor() if is_dtensor(new) else new)  # type: ignore[attr-defined]
@@ -220,8 +304,8 @@ def _fitted(placed: Placed, spec: Spec, tensor: Tensor, new: Tensor) -> Tensor:
     if alike and (new.device_mesh, new.placements) == (tensor.device_mesh, tensor.placements):  # type: ignore[attr-defined]
         part = local(new)
     else:
-        part = spec.part(new.full_tensor() if is_dtensor(new) else new, placed)  # type: ignore[attr-defined]
-    return placed.wrap(_like(own, part), spec.shape, spec.axes)
+        part = kept.local_part(new.full_tensor() if is_dtensor(new) else new, placed)  # type: ignore[attr-defined]
+    return placed.wrap(_like(own, part), kept.shape, kept.axes)
 
 
 def _like(own: Tensor, part: Tensor) -> Tensor:

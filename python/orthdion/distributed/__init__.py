@@ -3,7 +3,7 @@
 from .collectives import Communicator, Traffic
 from .ddp import Replicas, decouple
 from .groups import everyone, meet
-from .layout import Placed, is_dtensor, local, place, roles
+from .layout import Placed, is_dtensor, local, place
 from .meshes import Meshes
 
 __all__ = [
@@ -18,5 +18,4 @@ __all__ = [
     "local",
     "meet",
     "place",
-    "roles",
 ]

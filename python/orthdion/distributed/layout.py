@@ -20,7 +20,7 @@ from torch import Tensor
 from ..requests import ALONE, Group, Layout
 from .groups import from_handle, product, union
 
-__all__ = ["Placed", "is_dtensor", "local", "place", "roles"]
+__all__ = ["Placed", "is_dtensor", "local", "place"]
 
 Role = str
 
@@ -35,9 +35,9 @@ class Placed:
     layout: Layout
     shape: tuple[int, ...] = ()
 
-    def stack_is_shared(self, ndim: int, flatten: bool | None) -> bool:
+    def stack_is_shared(self, stacked: bool) -> bool:
         """Whether ranks hold different matrices of a stack."""
-        return ndim == 3 and not flatten and any(s.is_shard(0) for s in self.placements)
+        return stacked and any(s.is_shard(0) for s in self.placements)
 
     def ranges_over_shards(self) -> list[tuple[tuple[int, int], ...]]:
         """What each rank of ``layout.shards`` has of every axis, in the order of the group."""
@@ -48,6 +48,12 @@ class Placed:
             coordinate = (self.mesh.mesh == rank).nonzero()[0].tolist()
             found.append(_ranges(sizes, self.mesh, self.placements, coordinate))
         return found
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The rank's part of a tensor that lies as the parameter does."""
+        for axis, (first, last) in enumerate(self.ranges):
+            whole = whole.narrow(axis, first, last - first)
+        return whole
 
     def wrap(self, t: Tensor, shape: torch.Size, axes: dict[int, int]) -> Tensor:
         """A local state as the DTensor it is a part of; ``axes`` maps the parameter's axes to the state's."""
@@ -86,13 +92,6 @@ def local(t: Tensor) -> Tensor:
         return t
     part: Tensor = t._local_tensor  # type: ignore[attr-defined]  # to_local() makes autograd a part of this
     return part.wait() if hasattr(part, "wait") else part
-
-
-def roles(ndim: int, flatten: bool | None) -> list[Role]:
-    """What each axis of a weight is: rows, then columns; a stack's first axis is the batch."""
-    if ndim == 3 and not flatten:
-        return ["batch", "rows", "cols"]
-    return ["rows"] + ["cols"] * (ndim - 1)
 
 
 def _chunk(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:

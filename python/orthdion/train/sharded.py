@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
-from ..core.states import Spec
 from ..distributed import is_dtensor, place
 from ..requests import ALONE
 from .checkpoint import write_atomically
@@ -64,8 +63,7 @@ def load_whole(state: dict[str, Any], model: nn.Module, optimizers: list[Optimiz
             placed = place(p, "a weight", None, ALONE)
             for key, t in states.items():
                 if placed.mesh is not None and not is_dtensor(t) and t.shape == p.shape:
-                    spec = Spec(p.shape, {a: a for a in range(p.ndim)})
-                    states[key] = placed.wrap(spec.part(t, placed).clone(), spec.shape, spec.axes)
+                    states[key] = placed.wrap(placed.cut(t).clone(), p.shape, {a: a for a in range(p.ndim)})
 
 
 def load(out: Path, meta: dict[str, Any], model: nn.Module, optimizers: list[Optimizer]) -> None:
