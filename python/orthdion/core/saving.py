@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -127,8 +128,8 @@ class SavedOptimizer(Optimizer):
                 state = state_dict["state"].get(i, {})
                 if state:  # an optimizer that makes states late has none for a parameter it never stepped
                     entry = self._entry(p, group)
-                    if "step" in entry.rule.states:  # microsoft/dion counts steps a group
-                        state = {"step": torch.tensor(float(saved["step"])), **state}
+                    if "step" in entry.rule.states and _uncounted(state):  # microsoft/dion counts steps a group
+                        state = {**state, "step": torch.tensor(float(saved["step"]))}
                     name = self._name(p)
                     loaded[p] = states.fitted(name, p, entry.fold, entry.placed, rule, self.state[p], state)
         # torch would cast states to the weights' dtype: it gets the groups only, and hooks run around all of it.
@@ -169,6 +170,11 @@ class SavedOptimizer(Optimizer):
             self._start_afresh(None)
             self._comm = comm
             self._skips.counts.update(skipped)
+
+
+def _uncounted(state: dict[str, Any]) -> bool:
+    """Whether nobody has counted the parameter's steps; see :class:`orthdion.checkpoints.MicrosoftDionPlanner`."""
+    return "step" not in state or math.isnan(float(state["step"]))
 
 
 def _merged(

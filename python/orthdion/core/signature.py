@@ -24,6 +24,8 @@ _ELSEWHERE = {
     "power_iters": "one power iteration a step is what this rule is made of; leave it out",
     "qr_method": "the backend chooses; leave it out",
     "cqr_warmup": "the backend chooses; leave it out",
+    "cqr_warmup_steps": "the backend chooses; leave it out",
+    "rcqr_oversample": "the backend chooses; leave it out",
     "oversample": "the backend chooses; leave it out",
     "foreach": "every backend batches; leave it out",
     "fused": "every backend fuses what it can; leave it out",
