@@ -1,11 +1,11 @@
-# make demo · make test · make test-all · make bench · make bench-rust · make gpu-check · make lint · make wheel. Each sets up what it needs in .venv.
+# make demo · make test · make test-all · make bench · make bench-rust · make gpu-check · make soak · make lint · make wheel. Each sets up what it needs in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find rust -name '*.rs') Cargo.toml pyproject.toml
 
-.PHONY: demo test test-all lint bench bench-rust gpu-check wheel clean setup
+.PHONY: demo test test-all lint bench bench-rust gpu-check soak wheel clean setup
 
 demo: $(VENV)/built
 	$(BIN)/orthdion compare --preset demo --out runs/demo
@@ -28,6 +28,11 @@ lint: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m benches
+
+# Endurance: make soak MINUTES=60. Runs are killed, resumed and laid out anew; at the end they are held to undisturbed ones.
+MINUTES ?= 5
+soak: $(VENV)/built
+	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES)
 
 # The Rust core against the crates gemm and faer; compiling those takes minutes.
 bench-rust:

@@ -105,7 +105,7 @@ def train(
                 group["lr"] = lr * factor
         loss = _gradients(model, corpus, config, step, parallel)
         if config.clip > 0:
-            _clip(model, optimizers, config.clip, alone)
+            _clip(model, optimizers, config.clip)
         before = time.perf_counter()
         for o in optimizers:
             o.step()
@@ -176,9 +176,11 @@ def _gradients(model: nn.Module, corpus: data.Corpus, config: TrainConfig, step:
     return parallel.mean(total)
 
 
-def _clip(model: nn.Module, optimizers: list[Optimizer], most: float, alone: bool) -> None:
-    """By the norm of all gradients together, whole or sharded; the mean of replicas' norms where factors are sent."""
-    if not alone and isinstance(optimizers[0], MatrixOptimizer):
+def _clip(model: nn.Module, optimizers: list[Optimizer], most: float) -> None:
+    """By the norm of all gradients together, whole or sharded; the mean of replicas' norms where factors are sent. Our
+    own leaves gradients alone where one is not finite, so that the step skips that one only.
+    """
+    if len(optimizers) == 1 and isinstance(optimizers[0], MatrixOptimizer):
         optimizers[0].clip_grad_norm_(most)
     else:
         nn.utils.clip_grad_norm_(model.parameters(), most)
