@@ -212,9 +212,11 @@ impl<T: Real> Kernel for Update<'_, '_, T> {
                     let step = T::of(s.lr / correction1);
                     let root = T::of(1.0 / correction2.sqrt());
                     let eps = T::of(epsilon);
+                    let most = T::of(T::MAX);
                     for i in 0..len {
                         m[i] = b1 * m[i] + c1 * g[i];
-                        v[i] = b2 * v[i] + c2 * (g[i] * g[i]);
+                        let next = b2 * v[i] + c2 * (g[i] * g[i]);
+                        v[i] = if next > most { most } else { next }; // an infinite variance would stay so for ever
                         x[i] = x[i] - step * m[i] / (v[i].sqrt() * root + eps);
                     }
                     // SAFETY: as above.

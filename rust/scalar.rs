@@ -52,6 +52,8 @@ pub trait Real:
     const KC: usize;
     /// Largest absolute value at which squares and products of factors still have room to spare.
     const SAFE_MAX: f64;
+    /// The largest number.
+    const MAX: f64;
     /// Powers of two up to this one, times a hyperparameter, stay finite; larger than the reach of subnormals.
     const SAFE_EXPONENT: f64;
     /// Exact widening.
@@ -73,6 +75,7 @@ macro_rules! real {
             const UNIT: f64 = $unit;
             const KC: usize = $kc;
             const SAFE_MAX: f64 = $max;
+            const MAX: f64 = <$t>::MAX as f64;
             const SAFE_EXPONENT: f64 = $exponent;
             #[inline(always)]
             fn f64(self) -> f64 {
@@ -109,7 +112,8 @@ pub unsafe trait Element: Copy + 'static {
     const DTYPE: Dtype;
     /// Value in working precision.
     fn load<W: Real>(self) -> W;
-    /// Rounds a working-precision value to nearest; to two bytes by way of single precision.
+    /// Rounds a working-precision value to nearest; to two bytes by way of single precision. What is beyond IEEE half's
+    /// range becomes its largest number: an infinite state would stop its matrix for ever.
     fn store<W: Real>(w: W) -> Self;
 }
 
@@ -166,7 +170,9 @@ unsafe impl Element for f16 {
     }
     #[inline(always)]
     fn store<W: Real>(w: W) -> Self {
-        f16::from_f32_const(w.f64() as f32)
+        let x = w.f64() as f32;
+        let x = if x > 65504.0 { 65504.0 } else { x };
+        f16::from_f32_const(if x < -65504.0 { -65504.0 } else { x })
     }
 }
 
@@ -198,6 +204,14 @@ pub(crate) use with_element;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_beyond_half_precision_becomes_its_largest_number() {
+        assert_eq!(<f16 as Element>::store(1e6f32), f16::MAX);
+        assert_eq!(<f16 as Element>::store(f64::NEG_INFINITY), f16::MIN);
+        assert_eq!(<f16 as Element>::store(65504.0f32), f16::MAX);
+        assert!(<f16 as Element>::store(f32::NAN).is_nan());
+    }
 
     #[test]
     fn bf16_rounds_to_nearest_even_like_half() {

@@ -9,6 +9,9 @@ use std::ops::{Deref, DerefMut};
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
+/// What a thread keeps at most: beyond that a step takes so long that fresh pages cost nothing beside it.
+const KEPT_BYTES: usize = 64 << 20;
+
 thread_local! {
     static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }
@@ -74,7 +77,10 @@ impl<T> Drop for Scratch<T> {
         // A thread that is ending has no store any more; then the memory is simply freed.
         let _ = FREE.try_with(|free| {
             if let Ok(mut free) = free.try_borrow_mut() {
-                free.push(lines);
+                let kept: usize = free.iter().map(Vec::len).sum();
+                if (kept + lines.len()) * size_of::<Line>() <= KEPT_BYTES {
+                    free.push(lines);
+                }
             }
         });
     }

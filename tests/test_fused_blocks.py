@@ -72,7 +72,7 @@ def states_of(o, p, case):
     fold = Fold.of(torch.Size(shape), {**SHAPE_KEYS, **keys})
     entry = o._entry(p, o.param_groups[0])
     g = torch.zeros_like(p)
-    made = entry.matrices(g, o.state[p], o._rules()[id(o.param_groups[0])], entry.layout, Copies())
+    made = entry.matrices(g, o.state[p], o._rules()[id(o.param_groups[0])], entry.layout, Copies(), False)
     assert len(made) == fold.count == len(cut(p.detach()))
     return made
 

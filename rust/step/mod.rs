@@ -207,11 +207,15 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     let count = o.tail != Tail::Feedback || o.diagnostics;
     let mut row_energy = Scratch::<f64>::zeros(m);
     let mut p = Scratch::<T>::new(m * r);
-    let Some(size) =
+    let Some((size, largest)) =
         project(products, unscaled, matrix.q.as_ref(), &mut p, count.then_some(&mut row_energy[..]))
     else {
         return skipped;
     };
+    // No entry of P Rᵀ is more than ‖B‖: what could be written as infinity is not.
+    if largest * ((m * n) as f64).sqrt() > T::MAX {
+        return skipped;
+    }
     let b = unscaled.scaled(size);
     let mut orthonormal = Scratch::<T>::new(m * r);
     let Ok(factor) = qr::factor::<T>(cx, Mat::row_major(&p, m, r), noise.left, Paths::Any) else {
@@ -283,17 +287,17 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
 }
 
 /// `p ← size·B·Q` (m×r) and B's row energies; returns `size`, a power of two that brings B into the working
-/// precision's comfortable range, or None if B holds NaN or infinity.
+/// precision's comfortable range, and max |B| (0 where it is comfortable), or None if B holds NaN or infinity.
 fn project<T: Real>(
     cx: Context,
     b: Terms<'_>,
     q: Mat<'_>,
     p: &mut [T],
     mut row_energy: Option<&mut [f64]>,
-) -> Option<f64> {
+) -> Option<(f64, f64)> {
     let (m, r) = (b.shape()?.0, q.cols);
     let lhs = Packed::<T>::new(cx, q.t());
-    let mut size = 1.0;
+    let (mut size, mut entry) = (1.0, 0.0);
     for attempt in 0..2 {
         Product {
             sums: row_energy.as_deref_mut(),
@@ -303,15 +307,15 @@ fn project<T: Real>(
         let largest = cx.isa.run(Largest { x: p });
         let comfortable = largest > 1.0 / T::SAFE_MAX && largest < T::SAFE_MAX;
         if comfortable || attempt == 1 {
-            return largest.is_finite().then_some(size);
+            return largest.is_finite().then_some((size, entry));
         }
         // NaN, overflow, underflow or zero: only B itself can tell.
-        let entry = largest_entry(cx, b);
+        entry = largest_entry(cx, b);
         if !entry.is_finite() {
             return None;
         }
         if entry == 0.0 {
-            return Some(1.0);
+            return Some((1.0, entry));
         }
         size = (-entry.log2().floor()).clamp(-T::SAFE_EXPONENT, T::SAFE_EXPONENT).exp2();
         if entry * size < 2f64.powi(-60) {
@@ -320,7 +324,7 @@ fn project<T: Real>(
             if let Some(energy) = row_energy {
                 energy.fill(0.0);
             }
-            return Some(1.0);
+            return Some((1.0, entry));
         }
     }
     None

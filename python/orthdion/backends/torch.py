@@ -167,6 +167,9 @@ class TorchBackend:
             return q.b, q.sketch, Report(skipped=True)
         if top == 0.0 or 1.0 / safe < top < safe:
             return q.b, q.sketch, None
+        # No entry of P Rᵀ is more than ‖B‖: what could be written as infinity is not.
+        if top * math.sqrt(math.prod(q.b.w.shape)) > torch.finfo(q.b.w.precision.dtype).max:
+            return q.b, q.sketch, Report(skipped=True)
         b = q.b.scaled(math.ldexp(1.0, -math.floor(math.log2(top))))
         return b, self.answer([Sketch(b, q.q)])[0][0], None
 
@@ -227,5 +230,13 @@ class TorchBackend:
         self._store(w, x, (1.0 - lr * weight_decay) * x.to(dtype) - lr * scale * d.to(dtype))
 
     def _store(self, w: Matrix, target: Tensor, value: Tensor) -> None:
-        """Writes ``value``, unless the matrix's flag says not to."""
-        target.copy_(value if w.skip is None else torch.where(w.skip, target.to(value.dtype), value))
+        """Writes ``value``, unless the matrix's flag says not to. What is beyond the format's range becomes its largest
+        number: an infinite state would stop its matrix for ever.
+        """
+        most = min(torch.finfo(target.dtype).max, torch.finfo(value.dtype).max)
+        if w.skip is not None:
+            value = torch.where(w.skip, target.to(value.dtype), value)
+        if value.dtype == target.dtype:
+            torch.clamp(value, -most, most, out=target)
+        else:
+            target.copy_(value.clamp(-most, most))

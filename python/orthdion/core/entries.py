@@ -21,7 +21,11 @@ from .fold import Copies, Fold, as_matrix, is_view, write_back
 from .rule import Rule
 from .states import Sides, base_name, stored
 
-__all__ = ["Entry", "flat"]
+__all__ = ["Entry", "StateError", "flat"]
+
+
+class StateError(ValueError):
+    """A parameter and its states do not fit; what is wrong, without the parameter's name."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +47,8 @@ class Entry:
     #: Which backend serves it, on which device.
     where: tuple[str, torch.device] | None = None
     _key: tuple[Any, ...] = ()
+    #: How many states there were when they were last found to fit.
+    _checked: int = -1
     #: Its states, and where they lie.
     _states: tuple[tuple[str, Tensor, int], ...] = ()
     #: Of each part: whether what is processed is the transpose of the upright matrix.
@@ -55,17 +61,18 @@ class Entry:
         rule: Rule,
         layout: Layout,
         copies: Copies,
+        known: bool,
         deferred: bool = False,
     ) -> list[Matrix]:
-        """Its matrices (one row, for an elementwise rule) with the local gradient ``g``. ``deferred``: numbers are kept
-        where the device reads them.
+        """Its matrices (one row, for an elementwise rule) with the local gradient ``g``. ``known``: it and its states
+        lie as before; ``deferred``: numbers are kept where the device reads them.
         """
-        made, known = self.seen, True
+        made = self.seen
         if g.is_neg():
             g = g.resolve_neg()
-        if made is None or not self._lies_as_before(state, layout):
+        if made is None or not known:
             self._follow(state, deferred)
-            made, known = self._look(g, state, rule, layout, copies), False
+            made = self._look(g, state, rule, layout, copies)
         if self.rule.elementwise:
             row = _row(g, made[0].x, local(self.p)) if known else made[0].g
             if row is None:  # the gradient lies otherwise than the weight
@@ -86,6 +93,28 @@ class Entry:
         """Drops the views: the group's options, from which they were made, have changed."""
         self.seen = None
 
+    def check(self, state: dict[str, Tensor], rule: Rule) -> None:
+        """Refuses a parameter that has got another shape, and states that are none of it.
+
+        Raises:
+            StateError: with what is wrong.
+        """
+        p, fold = self.p, self.fold
+        if fold is not None and tuple(p.shape) != fold.shape:
+            raise StateError(f"its shape is {tuple(p.shape)} now, but its states were made for {fold.shape}")
+        if self.placed.mesh is not None and self._checked == len(state):
+            return  # a sharded parameter is looked at anew at each step
+        self._checked = len(state)
+        sides = Sides((), ()) if fold is None else Sides.read_off(fold, rule, state)
+        for key, kept in stored(fold, rule, sides, None).items():
+            if key not in state:
+                raise StateError(f"it has lost its state {key!r}")
+            if not isinstance(state[key], Tensor):
+                raise StateError(f"its state {key!r} is {state[key]!r}, no tensor")
+            need = p.shape if fold is None and kept.state.axes else kept.shape
+            if state[key].shape != need:
+                raise StateError(f"its state {key!r} has shape {tuple(state[key].shape)}, not {tuple(need)}")
+
     def _follow(self, state: dict[str, Tensor], deferred: bool) -> None:
         """Moves the states to where the model has been moved since they were made."""
         device = self.p.device
@@ -93,7 +122,10 @@ class Entry:
             if base_name(key) in self.rule.states and t.device != device and (t.ndim or deferred):
                 state[key] = t.to(device)
 
-    def _lies_as_before(self, state: dict[str, Tensor], layout: Layout) -> bool:
+    def lies_as_before(self, state: dict[str, Tensor], layout: Layout) -> bool:
+        """Whether the views that are kept are still of the parameter and its states."""
+        if self.seen is None:
+            return False
         for name, t, address in self._states:
             if state.get(name) is not t or t.data_ptr() != address:
                 return False

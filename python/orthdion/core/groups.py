@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import fields, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..backends import choose, rust_core_error
 from ..distributed import Placed, local, place
@@ -57,7 +60,7 @@ class Groups(SavedOptimizer):
             ValueError: misspelt keys, values out of range, a vector in a group of matrices.
             TypeError: complex or integer parameters.
         """
-        group = self._filled(dict(param_group))
+        group = self._filled(self._named_alike(dict(param_group)))
         before, keys = len(self.param_groups), set(group)
         super().add_param_group(group)
         added = self.param_groups[before]
@@ -70,6 +73,21 @@ class Groups(SavedOptimizer):
             del self.param_groups[before:]
             self._resolved.pop(before, None)
             raise
+
+    def _named_alike(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group, its parameters a list; with names if the others have them, as torch wants all or none."""
+        params = group.get("params", [])
+        group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        has = "param_names" in group or any(isinstance(p, tuple) for p in params)
+        if not self.param_groups or has == ("param_names" in self.param_groups[0]):
+            return group
+        if has:
+            raise ValueError(
+                "this optimizer's parameters have no names: add the group without param_names, or build the optimizer "
+                "from named groups (orthdion.param_groups(model))"
+            )
+        k = len(self.param_groups)
+        return {**group, "param_names": [f"group {k}, parameter {i}" for i in range(len(params))]}
 
     def _filled(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group with every option of its rule."""
@@ -100,9 +118,10 @@ class Groups(SavedOptimizer):
         if len({id(p) for p in group["params"]}) < len(group["params"]):
             raise ValueError("a group holds a parameter twice; pass each one once")
         index = sum(len(g["params"]) for g in self.param_groups[:k])
-        made = [self._made(p, group, index + i) for i, p in enumerate(group["params"])]
+        there = [(p, index + i) for i, p in enumerate(group["params"]) if not is_lazy(p)]
+        made = [self._made(p, group, i) for p, i in there]
         self._check_overlap()
-        for p, (entry, state) in zip(group["params"], made, strict=True):
+        for (p, _), (entry, state) in zip(there, made, strict=True):
             self._entries[id(p)], self.state[p] = entry, state
             self._comm.uniform &= not entry.placed.stack_is_shared(entry.fold is not None and entry.fold.stacked)
 
@@ -113,15 +132,27 @@ class Groups(SavedOptimizer):
             raise TypeError(f"{name} has dtype {p.dtype}; only real floating-point parameters can be stepped")
         if p.layout != torch.strided:
             raise TypeError(f"{name} is sparse; make it dense (embedding: sparse=False)")
-        choose(self._backend, p.device, p.dtype)
+        self._warn_of_a_fallback(p)
         kind, rule = find(group["algorithm"]), self._rule(self._position(group), group)
         fold, sides = self._fold(p, group, kind, name), states.Sides((), ())
         placed = self._placed(p, fold, name)
         if fold is not None:
             sides = states.Sides.of(fold, rule)
         layout = states.stored(fold, rule, sides, (name, p, placed))
-        state = states.initial(p, fold, sides, placed, layout, self._formats, self._seed, index)
+        seed = None if has_no_data(p) else self._seed
+        state = states.initial(p, fold, sides, placed, layout, self._formats, seed, index)
         return self._entered(p, group, kind, rule, placed, fold, sides, index), state
+
+    def _warn_of_a_fallback(self, p: Tensor) -> None:
+        """Once for each device, where the backend that is made for it cannot serve."""
+        name, reason = choose(self._backend, p.device, p.dtype)
+        if self._backend == "auto" and name == "torch" and ";" in reason and p.device.type not in self._warned:
+            self._warned.add(p.device.type)
+            warnings.warn(
+                f"{self._name(p)} on {p.device} is stepped by plain torch, which is slower: "
+                f"{reason.partition('; ')[2]}. backend='torch' says that this is meant",
+                stacklevel=7,
+            )
 
     def _fold(self, p: Tensor, group: dict[str, Any], kind: type[Rule], name: str) -> Fold | None:
         if kind.elementwise:
@@ -152,6 +183,7 @@ class Groups(SavedOptimizer):
         if at.replicas.size > 1 and kind.averages_factors and fold is not None:
             factors = sum((m + fold.cols) * r for m, r in zip(fold.sizes, sides.ranks, strict=True))
             at = replace(at, compressed=factors < fold.rows * fold.cols)
+        self._spread |= at.whole.size > 1
         if (why := rule.unsupported(at)) is not None:
             raise ValueError(f"{self._name(p)}: {why}")
         size = p.numel() * p.element_size() // at.shards.size
@@ -164,9 +196,7 @@ class Groups(SavedOptimizer):
         known = self._entries.get(id(p))
         if known is not None and known.p is p:
             return known
-        kind, k = find(group["algorithm"]), self._position(group)
-        before = sum(len(g["params"]) for g in self.param_groups[:k])
-        index = before + next(i for i, q in enumerate(group["params"]) if q is p)
+        kind, k, index = find(group["algorithm"]), self._position(group), self._index(p, group)
         if p not in self.state or not self.state[p]:
             entry, state = self._made(p, group, index)
             self.state[p] = cast(Any, state)
@@ -179,6 +209,24 @@ class Groups(SavedOptimizer):
         self._entries[id(p)] = entry
         return entry
 
+    def _index(self, p: Tensor, group: dict[str, Any]) -> int:
+        """The parameter's number, which seeds its start."""
+        before = sum(len(g["params"]) for g in self.param_groups[: self._position(group)])
+        return before + next(i for i, q in enumerate(group["params"]) if q is p)
+
+    def reset_state(self, p: Tensor) -> None:
+        """Starts a parameter's states afresh, in place of ones that hold NaN or do not fit. Every rank must call it.
+
+        Raises:
+            ValueError: if the optimizer does not have the parameter.
+        """
+        for group in self.param_groups:
+            if any(q is p for q in group["params"]):
+                self._entries[id(p)], state = self._made(p, group, self._index(p, group))
+                self.state[p] = cast(Any, state)
+                return
+        raise ValueError(f"the optimizer does not have a parameter of shape {tuple(p.shape)} that is this one")
+
     def _check_overlap(self) -> None:
         """Refuses parameters that share memory: one step would write over the other's."""
         from ..backends.table import operands
@@ -190,6 +238,8 @@ class Groups(SavedOptimizer):
         views, names = [], []
         for group in self.param_groups:
             for p in group["params"]:
+                if is_lazy(p) or has_no_data(p):
+                    continue
                 here = local(p.detach())
                 if here.device.type == "cpu" and here.ndim > 0 and here.numel():
                     matrix = here[None] if here.ndim == 1 else as_matrix(here, here)
@@ -212,7 +262,8 @@ class Groups(SavedOptimizer):
         known = self._resolved.get(k)
         if known is not None and known.group is group and not known.live and len(group) == known.size:
             try:
-                if [group[name] for name in known.names] == known.values:
+                values = [group[name] for name in known.names]
+                if not any(isinstance(v, Tensor) for v in values) and values == known.values:
                     return known.rule
             except KeyError as e:
                 raise ValueError(f"group {k} has lost its key {e}; put it back") from None
@@ -236,6 +287,11 @@ class Groups(SavedOptimizer):
         for name, option in options.items():
             value = group[name]
             if isinstance(value, Tensor) and value.device.type != "cpu":
+                if name not in ("lr", "weight_decay"):
+                    raise TypeError(
+                        f"{name} of group {k} is a tensor on {value.device}; only lr and weight_decay are read there: "
+                        f"group[{name!r}] = float({name})"
+                    )
                 plain[name] = float("nan")  # read on the device
                 continue
             group[name] = option.check(name, value)
@@ -265,6 +321,18 @@ class Groups(SavedOptimizer):
                     f"{name} of group {k} was edited from {old!r} to {group.get(name)!r}, but its states were made for "
                     f"{old!r}; build a new optimizer with it, or put it back"
                 )
+
+
+def has_no_data(p: Tensor) -> bool:
+    """Whether it holds no numbers: on the "meta" device, or fake."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return p.is_meta or (fake is not None and isinstance(p, fake.FakeTensor))
+
+
+def shares_memory(t: Tensor, others: list[Any]) -> bool:
+    """Whether a tensor's storage is that of one of the others."""
+    address = local(t).untyped_storage().data_ptr()
+    return any(isinstance(o, Tensor) and local(o).untyped_storage().data_ptr() == address for o in others)
 
 
 def _apart_from_rates(rule: Rule) -> Rule:

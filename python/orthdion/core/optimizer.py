@@ -6,24 +6,27 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from .._text import table
 from ..backends import choose, get
 from ..distributed import Meshes, Replicas, Traffic, local
-from ..requests import Body, Deferred, Layout, Matrix, Outcome, Precision, Report
+from ..requests import Body, Layout, Precision, Report
 from . import gradients
-from .entries import Entry
+from .entries import Entry, StateError
 from .fold import Copies
-from .groups import Groups
+from .groups import Groups, has_no_data, shares_memory
+from .held import Held
 from .options import check_number
 from .rule import Rule
 from .runtime import Runtime
 from .signature import Common, bound, signed
+from .work import Work
 
 __all__ = ["Communication", "Given", "MatrixOptimizer"]
 
@@ -110,11 +113,20 @@ class MatrixOptimizer(Groups):
         """One optimization step, in place. Parameters without a gradient are left alone.
 
         A matrix whose gradient holds NaN or infinity is left alone, counted in ``skipped_steps``, and warned of once.
+        Parameters on the "meta" device and fake tensors hold no numbers: their step is nothing.
+
+        In one process SIGINT and SIGTERM, where Python handles them, wait until the step is done: Ctrl-C leaves a whole
+        step behind it, or none.
 
         Raises:
             ValueError, TypeError: for a gradient of another shape, device or layout, or an option that was edited to
                 what it may not be; then nothing has changed.
         """
+        if torch.compiler.is_compiling():  # one break of the graph in place of thirty
+            return cast("float | None", torch.compiler.disable(self._step)(closure))
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -122,17 +134,18 @@ class MatrixOptimizer(Groups):
         rules = self._rules()
         given = self._gradients()
         self._done.clear()
-        self._advance(given, rules)
-        for group in self.param_groups:
-            group["step"] += 1
-        self._comm.close_step()
+        with Held(not self._spread):  # ranks that wait for each other must not hold Ctrl-C back
+            self._advance(given, rules)
+            for group in self.param_groups:
+                group["step"] += 1
+            self._comm.close_step()
         self._count_skipped()
         return loss
 
     def _advance(self, given: Sequence[Given], rules: dict[int, Rule]) -> None:
         """Steps the parameters whose gradients are given; ``rules`` by the identity of their group."""
         copies = Copies()
-        work: dict[tuple[str, Any], _Work] = {}
+        work: dict[tuple[str, Any], Work] = {}
         for entry, g, at, offset, skip, lost in self._arrived(given, rules):
             p, group = entry.p, entry.group
             rule, arrived = rules[id(group)], g is not None
@@ -141,11 +154,15 @@ class MatrixOptimizer(Groups):
                 where = self._whereabouts(entry)
             part = work.get(where)
             if part is None:
-                part = work[where] = _Work(where[0], self._kept.setdefault(where, {}))
+                part = work[where] = Work(where[0], self._kept.setdefault(where, {}))
             backend = part.backend
             if g is None:
                 g = torch.zeros_like(local(p))
-            made = entry.matrices(g, self.state[p], rule, at, copies, backend.deferred)
+            state = self.state[p]
+            known = entry.lies_as_before(state, at)
+            if not known:
+                self._fit(entry, rule)
+            made = entry.matrices(g, state, rule, at, copies, known, backend.deferred)
             form = part.form(rule, self._diagnose, self._rounding) if at.trivial and skip is None else None
             served = form is not None and type(form) in backend.fused
             rates = self._rates_of(group, p.device) if backend.deferred else None
@@ -160,15 +177,44 @@ class MatrixOptimizer(Groups):
                     w.diagnose = self._diagnose
                     w.skip, w.lost = skip, lost
                 part.add(served, made, form, rule, p)
-        for (name, _), part in work.items():
-            part.run(self, name)
+        for part in work.values():
+            try:
+                part.run(self._comm, self._skips, self._done)
+            except ValueError as e:
+                self._explain(e)
+                raise
         copies.write_back()
+
+    def _explain(self, error: ValueError) -> None:
+        """Names the parameter whose gradient is its own weight or state, if that is what the core has refused."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and shares_memory(p.grad, [p, *self.state[p].values()]):
+                    raise ValueError(
+                        f"the gradient of {self._name(p)} shares memory with the parameter or one of its states; give "
+                        "it memory of its own: p.grad = p.grad.clone()"
+                    ) from error
 
     def _whereabouts(self, entry: Entry) -> tuple[str, torch.device]:
         """Which backend serves a parameter, and where it lies; kept as long as it lies there."""
         p = entry.p
+        self._leave_meta(p)
         entry.where = (choose(self._backend, p.device, p.dtype)[0], p.device)
         return entry.where
+
+    def _leave_meta(self, p: Tensor) -> None:
+        """Makes states that were made on "meta", where there are no numbers that could follow the parameter."""
+        if any(isinstance(t, Tensor) and t.is_meta for t in self.state[p].values()):
+            self.reset_state(p)
+
+    def _fit(self, entry: Entry, rule: Rule) -> None:
+        """Refuses states that do not fit their parameter, before anybody reads them."""
+        try:
+            entry.check(self.state[entry.p], rule)
+        except StateError as e:
+            raise ValueError(
+                f"{self._name(entry.p)} cannot be stepped: {e}; load what fits, or optimizer.reset_state(p)"
+            ) from None
 
     def _gradients(self) -> list[Given]:
         """Every parameter's local gradient, all checked; those that no rank can miss one of are left out."""
@@ -176,6 +222,8 @@ class MatrixOptimizer(Groups):
         for group in self.param_groups:
             for p in group["params"]:
                 known, g = entries.get(id(p)), p.grad
+                if g is None and is_lazy(p):
+                    continue
                 entry = known if known is not None and known.p is p else self._entry(p, group)
                 at, offset = entry.layout, after
                 after += entry.bytes  # also where this rank has no gradient: others may, and cut their buckets by it
@@ -183,6 +231,8 @@ class MatrixOptimizer(Groups):
                     continue
                 if g is not None:
                     gradients.check(p, self._name)
+                    if has_no_data(p):
+                        continue
                     if entry.placed.mesh is not None:
                         g = gradients.gradient(p)
                 found.append(Given(entry, g, at, offset))
@@ -232,7 +282,7 @@ class MatrixOptimizer(Groups):
             warnings.warn(
                 "gradients arrive already synchronised: every replica has the same ones, so sending factors saves "
                 "nothing; build replicate_mesh with orthdion.decouple(ddp), or drop replicate_mesh",
-                stacklevel=7,
+                stacklevel=8,
             )
 
     def _count_skipped(self) -> None:
@@ -248,8 +298,9 @@ class MatrixOptimizer(Groups):
             name = self._name(found[0]) if found else "a parameter"
             warnings.warn(
                 f"the gradient or a state of {name} holds NaN or infinity: it was not stepped. "
-                "Further ones are counted in optimizer.skipped_steps",
-                stacklevel=5,
+                "Further ones are counted in optimizer.skipped_steps; a state is started afresh by "
+                "optimizer.reset_state(p)",
+                stacklevel=6,
             )
 
     # ------------------------------------------------------------------ for people
@@ -271,16 +322,17 @@ class MatrixOptimizer(Groups):
         """Bytes that this rank put into collectives, in the last step and in all: by collective and by content."""
         return Communication(self._comm.last, self._comm.total, self._comm.steps)
 
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scales all gradients so that their norm together is at most ``max_norm``; returns what it was.
 
         Over shards it is the norm of the whole gradient. Where replicas keep gradients of their own, the averaged
         gradient is not known before the step: then ``norm_type``-mean over replicas of their norms is used, which is no
         smaller, so every replica is scaled by the same factor. Every rank must call it. A norm that is not finite
-        leaves the gradients alone, and the step skips what is not finite.
+        leaves the gradients alone, unless ``error_if_nonfinite``, and the step skips what is not finite.
 
         Raises:
             ValueError: for a negative ``max_norm`` or a ``norm_type`` below 1.
+            RuntimeError: for a norm that is not finite, if ``error_if_nonfinite``.
         """
         check_number("max_norm", max_norm, 0.0)
         if not norm_type >= 1.0:
@@ -295,6 +347,8 @@ class MatrixOptimizer(Groups):
             return torch.tensor(0.0)
         sums = torch.stack([s.cpu() for s in Runtime(self._comm).run(bodies, [0] * len(bodies))])
         total = sums.amax() if norm_type == float("inf") else sums.sum() ** (1.0 / norm_type)
+        if error_if_nonfinite and not bool(total.isfinite()):
+            raise RuntimeError(f"the norm of all gradients is {float(total)}: it cannot be clipped")
         factor = float(max_norm / (total + 1e-6))
         if factor < 1.0:
             for g in found:
@@ -314,64 +368,3 @@ class MatrixOptimizer(Groups):
         lines = [super().__repr__()]
         lines += [f"backend {name} ({count})" for name, count in self.backends().items()]
         return "\n".join(lines)
-
-
-class _Work:
-    """What one backend steps on one device: whole steps that it has in one piece, and bodies."""
-
-    def __init__(self, backend: str, kept: dict[Any, Any]) -> None:
-        self.backend, self._kept = get(backend), kept
-        self.fused: list[Matrix] = []
-        self.forms: list[Any] = []
-        self.owners: list[Tensor] = []
-        self._bodies: list[tuple[Tensor, Matrix, Rule]] = []
-        self._form: dict[int, Any] = {}
-
-    def form(self, rule: Rule, diagnostics: bool, rounding: str | None) -> Any:
-        """The form of a group's rule, the same object for all its matrices."""
-        known = self._form.get(id(rule), self)
-        if known is self:
-            known = rule.fused(diagnostics=diagnostics, bfloat16=rounding == "bfloat16")
-            self._form[id(rule)] = known
-        return known
-
-    def add(self, served: bool, made: list[Matrix], form: Any, rule: Rule, p: Tensor) -> None:
-        """Matrices of one parameter."""
-        if served:
-            self.fused.extend(made)
-            self.forms.extend([form] * len(made))
-            self.owners.extend([p] * len(made))
-        else:
-            self._bodies.extend((p, w, rule) for w in made)
-
-    def run(self, optimizer: MatrixOptimizer, name: str) -> None:
-        """Steps everything."""
-        done, skips = optimizer._done, optimizer._skips
-        if self.fused:
-            kinds: dict[type, list[int]] = {}
-            for i, form in enumerate(self.forms):
-                kinds.setdefault(type(form), []).append(i)
-            for kind, index in kinds.items():
-                everything = len(index) == len(self.forms)
-                matrices = self.fused if everything else [self.fused[i] for i in index]
-                forms = self.forms if everything else [self.forms[i] for i in index]
-                owners = self.owners if everything else [self.owners[i] for i in index]
-                kept = self._kept.setdefault(kind, {})
-                done.append((owners, self.backend.fused[kind](matrices, forms, kept)))
-        if self._bodies:
-            bodies: list[Body[Outcome]] = [rule.step(w) for _, w, rule in self._bodies]
-            runtime = Runtime(optimizer._comm, self.backend)
-            outcomes = runtime.run(bodies, [w.offset for _, w, _ in self._bodies])
-            kept = [(p, o) for (p, _, _), o in zip(self._bodies, outcomes, strict=True) if not _idle(o)]
-            done.append(([p for p, _ in kept], [o for _, o in kept]))
-            torch.autograd.graph.increment_version([w.x for _, w, _ in self._bodies])
-        if not self.backend.deferred and not any(w.lost is not None for _, w, _ in self._bodies):
-            return
-        flags = [(p, o) for ps, os in done for p, o in zip(ps, os, strict=True) if isinstance(o, Deferred)]
-        if flags:
-            slots = [skips.slot(p) for p, _ in flags]
-            torch._foreach_maximum_(slots, [o.skipped.to(torch.int32).reshape(()) for _, o in flags])
-
-
-def _idle(outcome: Outcome) -> bool:
-    return isinstance(outcome, Report) and outcome.idle

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
 from ..distributed import Communicator, Meshes, local, meet
-from ..requests import Outcome
 from . import states
 from .capture import Rates, Skips
 from .entries import Entry
@@ -23,6 +24,7 @@ from .registry import find, rules
 from .resolved import Resolved
 from .rule import Rule
 from .runtime import Runtime, one_each
+from .work import Done
 
 __all__ = ["SavedOptimizer"]
 
@@ -50,10 +52,14 @@ class SavedOptimizer(Optimizer):
         self._resolved: dict[int, Resolved] = {}
         #: Backends' tables, by backend and device.
         self._kept: dict[tuple[str, torch.device], dict[Any, Any]] = {}
-        #: What the last step did: parameters, and the outcome of each of their matrices.
-        self._done: list[tuple[Sequence[Tensor], Sequence[Outcome]]] = []
+        #: What the last step did.
+        self._done: list[Done] = []
         self._rates = Rates()
         self._skips = Skips(self)
+        #: Whether a parameter lies over several ranks.
+        self._spread = False
+        #: Kinds of devices whose fallback has been told.
+        self._warned: set[str] = set()
         #: Whether replicas' momenta have gone separate ways since they were last averaged.
         self._drifted = False
 
@@ -66,8 +72,8 @@ class SavedOptimizer(Optimizer):
                 if candidate is p:
                     names = group.get("param_names")
                     name = names[i] if names else f"group {k}, parameter {i}"
-                    return f"{name} {tuple(p.shape)}"
-        return f"a parameter {tuple(p.shape)}"
+                    return f"{name} {_shape(p)}"
+        return f"a parameter {_shape(p)}"
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch has it; every group names its rule (``algorithm``) and its resolved options.
@@ -131,6 +137,7 @@ class SavedOptimizer(Optimizer):
                     if "step" in entry.rule.states and _uncounted(state):  # microsoft/dion counts steps a group
                         state = {**state, "step": torch.tensor(float(saved["step"]))}
                     name = self._name(p)
+                    self._warn_of_nan(name, state)
                     loaded[p] = states.fitted(name, p, entry.fold, entry.placed, rule, self.state[p], state)
         # torch would cast states to the weights' dtype: it gets the groups only, and hooks run around all of it.
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
@@ -152,6 +159,16 @@ class SavedOptimizer(Optimizer):
         for after in post.values():
             after(self)
 
+    @staticmethod
+    def _warn_of_nan(name: str, state: dict[str, Any]) -> None:
+        for key, t in state.items():
+            if isinstance(t, Tensor) and t.is_floating_point() and not bool(torch.isfinite(local(t)).all()):
+                warnings.warn(
+                    f"the loaded {key} of {name} holds NaN or infinity, which no step takes away; "
+                    "optimizer.reset_state(p) starts its states afresh",
+                    stacklevel=4,
+                )
+
     def __getstate__(self) -> dict[str, Any]:
         if self._meshes.replicas.size > 1:
             raise TypeError(
@@ -170,6 +187,10 @@ class SavedOptimizer(Optimizer):
             self._start_afresh(None)
             self._comm = comm
             self._skips.counts.update(skipped)
+
+
+def _shape(p: Tensor) -> tuple[int, ...] | str:
+    return "(not initialised)" if is_lazy(p) else tuple(p.shape)
 
 
 def _uncounted(state: dict[str, Any]) -> bool:

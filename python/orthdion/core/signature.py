@@ -44,7 +44,8 @@ class Common:
         outer_shard_mesh, inner_shard_mesh: checked against the parameters' own meshes. None: those are believed.
         replicate_mesh_grad_sync: False says that gradients over ``replicate_mesh`` arrive synchronised after all.
         seed: of random starts; torch's global generators are never used.
-        momentum_dtype, q_dtype: of the states; None is the parameter's. Factorisations are at least float32 always.
+        momentum_dtype, q_dtype: of the states; None is the parameter's, float32 for float16 ones. Factorisations are
+            at least float32 always.
         compute_dtype: "bfloat16" rounds the operands of float32 products (sums and factorisations are not touched):
             faster where the processor multiplies bfloat16. "tf32" lets a GPU round them to TF32 (the torch backend
             does so anywhere, the Rust core has no use for it). None: neither, whatever torch's own settings say.

@@ -26,7 +26,9 @@ def base_name(key: str) -> str:
 
 @dataclass(frozen=True)
 class Formats:
-    """What the user asked states to be stored in; None is the parameter's."""
+    """What the user asked states to be stored in; None is the parameter's, or float32 for float16, whose range a
+    momentum soon leaves.
+    """
 
     momentum: torch.dtype | None = None
     q: torch.dtype | None = None
@@ -34,7 +36,7 @@ class Formats:
     def of(self, state: StateSpec, p: Tensor) -> torch.dtype:
         """The format of one state."""
         chosen = self.q if "rank" in state.axes else self.momentum
-        return state.dtype or chosen or p.dtype
+        return state.dtype or chosen or (torch.float32 if p.dtype == torch.float16 else p.dtype)
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,11 @@ class Sides:
         found = Sides.of(fold, rule)
         for key, kept in stored(fold, rule, found, None).items():
             axes = kept.state.axes
-            if "rank" not in axes or key not in states:
+            if "rank" not in axes or not isinstance(states.get(key), Tensor):
                 continue
             shape = states[key].shape
+            if len(shape) < len(axes):
+                continue  # of another kind; told where states are compared with what they should be
             r = shape[axes.index("rank") - len(axes)]
             if r == max(found.ranks[k] for k in kept.parts):
                 ranks = found.ranks
@@ -227,10 +231,10 @@ def initial(
     placed: Placed,
     layout: dict[str, Stored],
     formats: Formats,
-    seed: int,
+    seed: int | None,
     index: int,
 ) -> dict[str, Tensor]:
-    """A parameter's first states."""
+    """A parameter's first states; ``seed`` None: on a device that holds no numbers."""
     here, states = local(p).detach(), {}
     for key, kept in layout.items():
         dtype = formats.of(kept.state, p)
@@ -238,7 +242,7 @@ def initial(
             # Counted for each parameter, as torch does: one that first gets a gradient late has a count of its own.
             states[key] = torch.zeros((), dtype=dtype, device="cpu")
             continue
-        if kept.state.start == "orthonormal" and fold is not None:
+        if kept.state.start == "orthonormal" and fold is not None and seed is not None:
             part = kept.local_part(_first(kept, fold, sides, seed, index), placed)
             # A copy of its own: nothing larger is kept alive, and nothing is shared.
             made = part.to(device=here.device, dtype=dtype, copy=True).contiguous()

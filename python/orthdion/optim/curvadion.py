@@ -15,7 +15,7 @@ from ..core.optimizer import Given, MatrixOptimizer
 from ..core.options import check_number
 from ..core.rule import Rule
 from ..core.runtime import Runtime, one_each
-from ..distributed import everyone, local
+from ..distributed import everyone, local, meet
 from ..requests import Body, Group, Layout, Reduce, Report
 from .dion import Dion, DionRule
 
@@ -109,11 +109,21 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
         return Synchronisation(self._steps, self._synchronised, self._forced, self._drift, self._largest)
 
     def synchronize_for_checkpoint(self) -> None:
-        """Averages replicas' weights and states in place. Every rank must call it."""
+        """Averages replicas' weights and states in place; :meth:`state_dict` does it, too, where local steps have been
+        made since replicas last met. Every rank must call it.
+
+        Raises:
+            RuntimeError: if some rank does not (gloo; NCCL waits for its own time-out).
+        """
+        if self._since > 0 and self._meshes.replicas.size > 1:
+            meet(self._meshes.replicas, "state_dict() brings the replicas together, so every rank must call it")
         self._reunite()
         super().synchronize_for_checkpoint()
 
     def _advance(self, given: Sequence[Given], rules: dict[int, Rule]) -> None:
+        for one in given:
+            self._leave_meta(one.entry.p)
+            self._fit(one.entry, rules[id(one.entry.group)])
         self._largest = self._change(given)
         forced = self._since + 1 >= self._max_interval
         self._steps += 1

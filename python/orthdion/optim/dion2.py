@@ -50,6 +50,7 @@ class Dion2Rule(Rule):
     def step(self, w: Matrix) -> Body[Outcome]:
         """``M ← M + G``, ``D[S] = polar(M[S])``, ``M[S] ← decay·M[S]``"""
         m = w.read("momentum") + self.sign * w.gradient
+        m.clamp_(torch.finfo(m.dtype).min, torch.finfo(m.dtype).max)  # a sum, which may leave the range
         axis = 0 if w.shape[0] <= w.shape[1] else 1
         slices, part = yield from self._selected(w, m, axis)
         u = m.index_select(axis, slices)

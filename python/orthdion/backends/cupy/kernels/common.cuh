@@ -75,10 +75,15 @@ DEVICE double fetch_as_double(u64 p, i64 at, int type) {
   return type == BF16 ? from_bf16(bits) : from_f16(bits);
 }
 
+// An infinite state would stop its matrix for ever.
+DEVICE unsigned short to_f16_within(float x) {
+  return to_f16(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
+}
+
 DEVICE void put_as(u64 p, i64 at, int type, double x) {
   if (type == F32) put((float*)p + at, (float)x);
   else if (type == F64) put((double*)p + at, x);
-  else put((unsigned short*)p + at, type == BF16 ? to_bf16((float)x) : to_f16((float)x));
+  else put((unsigned short*)p + at, type == BF16 ? to_bf16((float)x) : to_f16_within((float)x));
 }
 
 struct alignas(16) Four { float x[4]; };
@@ -137,7 +142,7 @@ DEVICE void put4(u64 p, i64 at, int n, int type, const float x[4]) {
   unsigned short* to = (unsigned short*)p + at;
   FourHalves v;
 #pragma unroll
-  for (int i = 0; i < 4; i++) v.x[i] = type == BF16 ? to_bf16(x[i]) : to_f16(x[i]);
+  for (int i = 0; i < 4; i++) v.x[i] = type == BF16 ? to_bf16(x[i]) : to_f16_within(x[i]);
   if (n == 4 && ((u64)to & 7) == 0) {
     put((FourHalves*)to, v);
   } else {

@@ -1,0 +1,81 @@
+"""What one backend steps on one device: matrices that it has a whole step for, and rules' own bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import get
+from ..distributed import Communicator
+from ..requests import Body, Deferred, Matrix, Outcome, Report
+from .capture import Skips
+from .rule import Rule
+from .runtime import Runtime
+
+__all__ = ["Done", "Work"]
+
+#: Parameters, and the outcome of each of their matrices.
+Done = tuple[Sequence[Tensor], Sequence[Outcome]]
+
+
+class Work:
+    """What one backend steps on one device: whole steps that it has in one piece, and bodies."""
+
+    def __init__(self, backend: str, kept: dict[Any, Any]) -> None:
+        self.backend, self._kept = get(backend), kept
+        self.fused: list[Matrix] = []
+        self.forms: list[Any] = []
+        self.owners: list[Tensor] = []
+        self._bodies: list[tuple[Tensor, Matrix, Rule]] = []
+        self._form: dict[int, Any] = {}
+
+    def form(self, rule: Rule, diagnostics: bool, rounding: str | None) -> Any:
+        """The form of a group's rule, the same object for all its matrices."""
+        known = self._form.get(id(rule), self)
+        if known is self:
+            known = rule.fused(diagnostics=diagnostics, bfloat16=rounding == "bfloat16")
+            self._form[id(rule)] = known
+        return known
+
+    def add(self, served: bool, made: list[Matrix], form: Any, rule: Rule, p: Tensor) -> None:
+        """Matrices of one parameter."""
+        if served:
+            self.fused.extend(made)
+            self.forms.extend([form] * len(made))
+            self.owners.extend([p] * len(made))
+        else:
+            self._bodies.extend((p, w, rule) for w in made)
+
+    def run(self, comm: Communicator, skips: Skips, done: list[Done]) -> None:
+        """Steps everything; adds what became of it to ``done``."""
+        if self.fused:
+            kinds: dict[type, list[int]] = {}
+            for i, form in enumerate(self.forms):
+                kinds.setdefault(type(form), []).append(i)
+            for kind, index in kinds.items():
+                everything = len(index) == len(self.forms)
+                matrices = self.fused if everything else [self.fused[i] for i in index]
+                forms = self.forms if everything else [self.forms[i] for i in index]
+                owners = self.owners if everything else [self.owners[i] for i in index]
+                kept = self._kept.setdefault(kind, {})
+                done.append((owners, self.backend.fused[kind](matrices, forms, kept)))
+        if self._bodies:
+            bodies: list[Body[Outcome]] = [rule.step(w) for _, w, rule in self._bodies]
+            runtime = Runtime(comm, self.backend)
+            outcomes = runtime.run(bodies, [w.offset for _, w, _ in self._bodies])
+            kept = [(p, o) for (p, _, _), o in zip(self._bodies, outcomes, strict=True) if not _idle(o)]
+            done.append(([p for p, _ in kept], [o for _, o in kept]))
+            torch.autograd.graph.increment_version([w.x for _, w, _ in self._bodies])
+        if not self.backend.deferred and not any(w.lost is not None for _, w, _ in self._bodies):
+            return
+        flags = [(p, o) for ps, os in done for p, o in zip(ps, os, strict=True) if isinstance(o, Deferred)]
+        if flags:
+            slots = [skips.slot(p) for p, _ in flags]
+            torch._foreach_maximum_(slots, [o.skipped.to(torch.int32).reshape(()) for _, o in flags])
+
+
+def _idle(outcome: Outcome) -> bool:
+    return isinstance(outcome, Report) and outcome.idle
