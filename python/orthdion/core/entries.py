@@ -43,6 +43,8 @@ class Entry:
     layout: Layout
     #: Bytes that each rank has of it.
     bytes: int
+    #: Whether there were no numbers in it when the entry was made: on "meta", or fake.
+    hollow: bool = False
     seen: list[Matrix] | None = None
     #: Which backend serves it, on which device.
     where: tuple[str, torch.device] | None = None

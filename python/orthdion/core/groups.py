@@ -187,7 +187,7 @@ class Groups(SavedOptimizer):
         if (why := rule.unsupported(at)) is not None:
             raise ValueError(f"{self._name(p)}: {why}")
         size = p.numel() * p.element_size() // at.shards.size
-        return Entry(p, group, kind, index, placed, fold, at, size)
+        return Entry(p, group, kind, index, placed, fold, at, size, has_no_data(p))
 
     def _entry(self, p: Tensor, group: dict[str, Any]) -> Entry:
         """A parameter's entry; made where there is none, as after unpickling, or for a parameter that has been put into

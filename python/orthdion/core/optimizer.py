@@ -198,14 +198,8 @@ class MatrixOptimizer(Groups):
     def _whereabouts(self, entry: Entry) -> tuple[str, torch.device]:
         """Which backend serves a parameter, and where it lies; kept as long as it lies there."""
         p = entry.p
-        self._leave_meta(p)
         entry.where = (choose(self._backend, p.device, p.dtype)[0], p.device)
         return entry.where
-
-    def _leave_meta(self, p: Tensor) -> None:
-        """Makes states that were made on "meta", where there are no numbers that could follow the parameter."""
-        if any(isinstance(t, Tensor) and t.is_meta for t in self.state[p].values()):
-            self.reset_state(p)
 
     def _fit(self, entry: Entry, rule: Rule) -> None:
         """Refuses states that do not fit their parameter, before anybody reads them."""
@@ -231,8 +225,11 @@ class MatrixOptimizer(Groups):
                     continue
                 if g is not None:
                     gradients.check(p, self._name)
-                    if has_no_data(p):
-                        continue
+                    if entry.hollow:
+                        if has_no_data(p):
+                            continue
+                        self.reset_state(p)  # there are no numbers on "meta" that could follow the parameter
+                        entry = self._entries[id(p)]
                     if entry.placed.mesh is not None:
                         g = gradients.gradient(p)
                 found.append(Given(entry, g, at, offset))

@@ -122,7 +122,6 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
 
     def _advance(self, given: Sequence[Given], rules: dict[int, Rule]) -> None:
         for one in given:
-            self._leave_meta(one.entry.p)
             self._fit(one.entry, rules[id(one.entry.group)])
         self._largest = self._change(given)
         forced = self._since + 1 >= self._max_interval
