@@ -1,0 +1,228 @@
+"""Which layers are output layers: rows of theirs are classes, tokens or coordinates, not features.
+
+The model is asked first (``get_output_embeddings``, ``get_classifier``, ``config.num_labels``), then names are, then
+the order of layers. Of a head of several layers only the last one is an output layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .survey import CONV, Place, Survey, is_linear, width_in
+
+__all__ = ["output_layers"]
+
+#: Heads wherever they are, blocks included.
+_ALWAYS = re.compile(r"lm_heads?|unembed(ding)?s?|embed_out")
+#: Heads, unless they lie in a block that is repeated.
+_STRONG = re.compile(
+    r"heads?|head_dist|(aux(iliary)?_)?classifiers?|classif|cls_classifier|scores?|\w*logits?|to_logits|logits_proj|"
+    r"logit_out|qa_outputs|class_labels_classifier|class_(embed|predictor)|(\w+_)?bbox_(embed|predictor)|cls_score|"
+    r"bbox_(pred|reg)|bbox_ctrness|last_linear|predictions|seq_relationship|to_classes|output_projection|predict_\w+|"
+    r"reference_points"
+)
+#: Heads of some task, which may be blocks with features for an output.
+_TASK = re.compile(r"(?!\w*(query|pos_|point|feature|scale|project|order|dense))\w+_heads?")
+#: Heads only where they are layers of the model itself, and it says nothing else.
+_WEAK = re.compile(
+    r"fc|final_layer|final|final_(linear|proj(ection)?)|output(_layer|_proj)?|out(_layer)?|fc_out|proj_out|readout|"
+    r"prediction|predictor|dist_head"
+)
+#: Classes of transformers whose config.num_labels counts: it is 2 where nobody has set it.
+_LABELLED = re.compile(r"For\w*(Classification|Segmentation|Detection|MultipleChoice|QuestionAnswering)")
+#: Vocabularies are padded by less than this.
+_PADDING = 256
+
+
+def output_layers(survey: Survey) -> dict[int, str]:
+    """Identity of a module → why it is an output layer."""
+    found: dict[int, str] = {}
+    for reason, modules in _claims(survey):
+        for module in modules:
+            found.setdefault(id(module), reason)
+    return found
+
+
+def _claims(survey: Survey) -> Iterator[tuple[str, list[nn.Module]]]:
+    below = _Below(survey)
+    for place in survey.places:
+        for method in ("get_output_embeddings", "get_classifier"):
+            if callable(getattr(place.module, method, None)):
+                yield (
+                    f"{method}() returns it",
+                    [m for each in _asked(place.module, method) for m in below.outputs(each)],
+                )
+    roots = {id(root) for root in survey.roots}
+    for place in survey.places:
+        if place.leaf and not _classifies(place) and (said := _by_name(place, roots)):
+            yield said, below.outputs(place.module)
+    for place in survey.places:
+        labels = _labels(place.module)
+        if labels:
+            last = [m for m in below.outside_base(place) if _rows(m) in (labels, labels + 1)]
+            yield f"it has config.num_labels={labels} rows", last
+    yield from _by_vocabulary(survey, roots)
+    yield from _by_order(survey, below)
+
+
+class _Below:
+    """The layers below a place."""
+
+    def __init__(self, survey: Survey) -> None:
+        self.survey = survey
+        self.position = {id(place.module): k for k, place in reversed(list(enumerate(survey.places)))}
+
+    def layers(self, module: nn.Module) -> list[nn.Module]:
+        """The Linears and convolutions of a module, in order of registration."""
+        return [m for m in module.modules() if _is_layer(m)]
+
+    def outputs(self, module: nn.Module) -> list[nn.Module]:
+        """Itself; those of each in a list of heads side by side; else the last of its layers whose rows none reads, and
+        those of as many rows.
+        """
+        if _is_layer(module):
+            return [module]
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            each = list(module.children())
+            chain = all(_is_layer(m) for m in each) and len({width_in(m) for m in each}) > 1
+            if not chain:
+                return [m for child in each for m in self.outputs(child)]
+        layers_ = self.layers(module)
+        read = {width_in(m) for m in layers_}
+        unread = [m for m in layers_ if _rows(m) not in read]
+        return [m for m in unread if _rows(m) == _rows(unread[-1])]
+
+    def outside_base(self, place: Place) -> list[nn.Module]:
+        """Layers of a model that are no part of the base model which it says that it has."""
+        base = getattr(place.module, getattr(place.module, "base_model_prefix", "") or "-", None)
+        if not isinstance(base, nn.Module) or base is place.module:
+            return []
+        inside = {id(m) for m in base.modules()}
+        return [m for m in self.layers(place.module) if id(m) not in inside]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, CONV) or type(module).__name__ == "Conv1D"
+
+
+def _rows(module: nn.Module) -> int | None:
+    for name in ("out_features", "out_channels"):
+        if isinstance(value := getattr(module, name, None), int):
+            return value
+    return None
+
+
+def _asked(module: nn.Module, method: str) -> list[nn.Module]:
+    """What the model's own method returns; models whose method fails have not said anything."""
+    try:
+        answer: Any = getattr(module, method)()
+    except Exception:
+        return []
+    answers = answer if isinstance(answer, (tuple, list)) else (answer,)
+    return [m for m in answers if isinstance(m, nn.Module)]
+
+
+def _labels(module: nn.Module) -> int | None:
+    config = getattr(module, "config", None)
+    if not hasattr(module, "base_model_prefix") or not _LABELLED.search(type(module).__name__):
+        return None
+    value = getattr(config, "num_labels", None) or getattr(config, "num_classes", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _by_name(place: Place, roots: set[int]) -> str:
+    leaf = place.leaf
+    if _ALWAYS.fullmatch(leaf):
+        return f"by its name {leaf!r}"
+    repeated = any(a.leaf.isdigit() for a in _below_root(place, roots))
+    if _STRONG.fullmatch(leaf) and not repeated:
+        return f"by its name {leaf!r}"
+    square = _is_layer(place.module) and _rows(place.module) == width_in(place.module)
+    if _TASK.fullmatch(leaf) and not repeated and not square:
+        return f"by its name {leaf!r}"
+    if leaf == "summary" and _is_layer(place.module) and not square:
+        return f"by its name {leaf!r}"
+    parent = place.above[0] if place.above else None
+    if parent is None or id(parent) not in roots or _says_of_itself(parent.module):
+        return ""
+    if _WEAK.fullmatch(leaf) and _nothing_after(place, parent):
+        return f"by its name {leaf!r} at the end of the model"
+    return ""
+
+
+def _below_root(place: Place, roots: set[int]) -> Iterator[Place]:
+    """What lies between a place and the model that it belongs to."""
+    for each in place.above:
+        if id(each) in roots:
+            return
+        yield each
+
+
+def _nothing_after(place: Place, parent: Place) -> bool:
+    """Whether no other large layer of the parent is registered behind it; heads of few values may be."""
+    names = list(parent.module._modules)
+    for name in names[names.index(place.leaf) + 1 :]:
+        child = parent.module._modules[name]
+        layers = [m for m in child.modules() if _is_layer(m)] if child is not None else []
+        if any(not _WEAK.fullmatch(name) and not _STRONG.fullmatch(name) for _ in layers):
+            return False
+    return True
+
+
+def _by_vocabulary(survey: Survey, roots: set[int]) -> Iterator[tuple[str, list[nn.Module]]]:
+    """A Linear outside of blocks with a row for every token, or some more."""
+    sizes = [p.module.num_embeddings for p in survey.places if isinstance(p.module, nn.Embedding)]
+    vocabulary = max(sizes, default=0)
+    if not vocabulary or any(_says_of_itself(p.module) for p in survey.places):
+        return
+    found: list[nn.Module] = []
+    for place in survey.places:
+        module = place.module
+        if not is_linear(module) or not place.above or any(a.leaf.isdigit() for a in _below_root(place, roots)):
+            continue
+        rows, cols = _rows(module) or 0, width_in(module) or 0
+        padded = rows > 8 * cols and vocabulary < rows < vocabulary + _PADDING
+        if (rows == vocabulary and rows != cols) or padded:
+            found.append(module)
+    yield f"it has a row for each of {vocabulary} tokens", found
+
+
+def _by_order(survey: Survey, below: _Below) -> Iterator[tuple[str, list[nn.Module]]]:
+    """The last layer of a model that says nothing of itself: at the end of its Sequential, or of the model."""
+    top = survey.roots[0]
+    if len(survey.roots) > 1 and any(_says_of_itself(r.module) for r in survey.roots):
+        return
+    module = top.module
+    if _is_layer(module) or _says_of_itself(module):
+        return
+    while True:
+        full = [m for m in module._modules.values() if m is not None and any(True for _ in m.parameters())]
+        if not full or module._parameters:
+            return
+        last = full[-1]
+        if is_linear(last):
+            earlier = [m for m in below.layers(top.module) if m is not last]
+            if earlier and _trained(last):
+                yield "the last layer of the model", [last]
+            return
+        if not isinstance(last, nn.Sequential):
+            return
+        module = last
+
+
+def _classifies(place: Place) -> bool:
+    """Whether it is within a model that names its classifier, by which the rest is none."""
+    return any(callable(getattr(a.module, "get_classifier", None)) for a in place.above)
+
+
+def _says_of_itself(module: nn.Module) -> bool:
+    return hasattr(module, "base_model_prefix") or callable(getattr(module, "get_classifier", None))
+
+
+def _trained(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is None or not isinstance(weight, Tensor) or weight.requires_grad
