@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .survey import Place, is_linear, number, width_in
+from .survey import Place, is_linear, number, said, width_in
 
 __all__ = ["Parts", "heads_of", "parts_of"]
 
@@ -102,12 +102,12 @@ def _named(place: Place, attribute: str) -> tuple[str, Place]:
 
 
 def _qkv(named: str, parent: Place, rows: int, cols: int) -> Parts | None:
-    if (split := getattr(parent.module, "in_split", None)) and isinstance(split, list) and sum(split) == rows:
-        return Parts(tuple(split), 1, "fused block: a matrix each")
     if named == "in_proj_qkvz":
         return _qkvz(parent)
     if not _QKV.fullmatch(named):
         return None
+    if isinstance(split := said(parent.module, "in_split"), list) and sum(split) == rows:
+        return Parts(tuple(split), 1, "fused block: a matrix each")
     heads = number(parent, _HEADS)
     weak = named in ("in_proj", "c_attn")
     for layout in (_known_class, _keys_and_values, _grouped_queries, _equal):
@@ -125,29 +125,29 @@ def _known_class(named: str, parent: Place, rows: int, cols: int, heads: int | N
         return Parts((rows // 12,) * 3, 4, "fused QKV, in four shares: three hidden matrices")
     if kind.startswith("Falcon") and heads:
         return _falcon(module, heads, rows)
-    if kind.startswith("GPTBigCode") and getattr(module, "multi_query", False):
-        shared = getattr(module, "kv_dim", 0)
+    if kind.startswith("GPTBigCode") and said(module, "multi_query"):
+        shared = said(module, "kv_dim") or 0
         return Parts((rows - 2 * shared, shared, shared), 1, "fused QKV, shared keys: three hidden matrices")
     if kind == "LambdaLayer" and heads:
-        keys = getattr(module, "dim_qk", 0)
+        keys = said(module, "dim_qk") or 0
         return Parts((keys * heads, keys, rows - keys * (heads + 1)), 1, "fused QKV: three hidden matrices")
-    if getattr(module, "use_global", False) and rows == 2 * cols:
+    if said(module, "use_global") and rows == 2 * cols:
         return Parts((cols,) * 2, 1, "fused keys and values: two hidden matrices")
     if kind == "LiteMLA" and (d := number(parent, ("dim",), ("-",))) and rows % (3 * d) == 0:
         return Parts((d,) * 3, rows // (3 * d), "fused QKV, head by head: three hidden matrices")
-    by_head = _HEAD_BY_HEAD.fullmatch(kind) or getattr(module, "head_first", False)
+    by_head = _HEAD_BY_HEAD.fullmatch(kind) or said(module, "head_first")
     if by_head and heads and rows % (3 * heads) == 0:
         return Parts((rows // heads // 3,) * 3, heads, "fused QKV, head by head: three hidden matrices")
     return None
 
 
 def _falcon(module: nn.Module, heads: int, rows: int) -> Parts:
-    d = getattr(module, "head_dim", 0)
+    d = said(module, "head_dim") or 0
     what = "fused QKV, group by group: three hidden matrices"
-    if getattr(module, "new_decoder_architecture", False):
-        groups = getattr(module, "num_kv_heads", heads)
+    if said(module, "new_decoder_architecture"):
+        groups = said(module, "num_kv_heads") or heads
         return Parts((heads // groups * d, d, d), groups, what)
-    if getattr(module, "multi_query", False):
+    if said(module, "multi_query"):
         return Parts((heads * d, d, d), 1, "fused QKV, shared keys: three hidden matrices")
     return Parts((d, d, d), heads, what)
 
@@ -241,12 +241,14 @@ def _latent(named: str, parent: Place, rows: int, cols: int) -> Parts | None:
 
 def _state_space(named: str, parent: Place, rows: int, cols: int) -> Parts | None:
     """Mamba's projections: x and z; Δ, B and C; Mamba-2 has all in one."""
+    if named not in ("in_proj", "x_proj"):
+        return None
 
     def get(*names: str) -> int:
         return number(parent, names, ("-",)) or 0
 
     state, inner = get("ssm_state_size", "d_state", "state_size"), get("intermediate_size", "d_inner")
-    if not state or named not in ("in_proj", "x_proj"):
+    if not state:
         return None
     if named == "x_proj":
         steps = get("time_step_rank", "dt_rank")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from .survey import CONV, Place, Survey, is_linear, width_in
+from .survey import CONV, Place, Survey, is_linear, said, width_in
 
 __all__ = ["output_layers"]
 
@@ -44,65 +45,58 @@ def output_layers(survey: Survey) -> dict[int, str]:
     for reason, modules in _claims(survey):
         for module in modules:
             found.setdefault(id(module), reason)
-    return found
+    return found or {id(module): "the last layer of the model" for module in _by_order(survey)}
 
 
 def _claims(survey: Survey) -> Iterator[tuple[str, list[nn.Module]]]:
-    below = _Below(survey)
-    for place in survey.places:
+    for place in survey.speakers:
         for method in ("get_output_embeddings", "get_classifier"):
-            if callable(getattr(place.module, method, None)):
-                yield (
-                    f"{method}() returns it",
-                    [m for each in _asked(place.module, method) for m in below.outputs(each)],
-                )
+            answers = _asked(place.module, method)
+            yield f"{method}() returns it", [m for each in answers for m in _outputs(each)]
     roots = {id(root) for root in survey.roots}
+    classified = {id(p) for p in survey.speakers if hasattr(p.module, "get_classifier")}
     for place in survey.places:
-        if place.leaf and not _classifies(place) and (said := _by_name(place, roots)):
-            yield said, below.outputs(place.module)
-    for place in survey.places:
+        named = place.leaf and not (classified and any(id(a) in classified for a in place.above))
+        if named and (why := _by_name(place, roots)):
+            yield why, _outputs(place.module)
+    for place in survey.speakers:
         labels = _labels(place.module)
         if labels:
-            last = [m for m in below.outside_base(place) if _rows(m) in (labels, labels + 1)]
+            last = [m for m in _outside_base(place) if _rows(m) in (labels, labels + 1)]
             yield f"it has config.num_labels={labels} rows", last
-    yield from _by_vocabulary(survey, roots)
-    yield from _by_order(survey, below)
+    if not survey.speakers:
+        yield from _by_vocabulary(survey, roots)
 
 
-class _Below:
-    """The layers below a place."""
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """The Linears and convolutions of a module, in order of registration."""
+    return [m for m in module.modules() if _is_layer(m)]
 
-    def __init__(self, survey: Survey) -> None:
-        self.survey = survey
-        self.position = {id(place.module): k for k, place in reversed(list(enumerate(survey.places)))}
 
-    def layers(self, module: nn.Module) -> list[nn.Module]:
-        """The Linears and convolutions of a module, in order of registration."""
-        return [m for m in module.modules() if _is_layer(m)]
+def _outputs(module: nn.Module) -> list[nn.Module]:
+    """Itself; those of each in a list of heads side by side; else the last of its layers whose rows none reads, and
+    those of as many rows.
+    """
+    if _is_layer(module):
+        return [module]
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        each = list(module.children())
+        chain = all(_is_layer(m) for m in each) and len({width_in(m) for m in each}) > 1
+        if not chain:
+            return [m for child in each for m in _outputs(child)]
+    layers = _layers(module)
+    read = {width_in(m) for m in layers}
+    unread = [m for m in layers if _rows(m) not in read]
+    return [m for m in unread if _rows(m) == _rows(unread[-1])]
 
-    def outputs(self, module: nn.Module) -> list[nn.Module]:
-        """Itself; those of each in a list of heads side by side; else the last of its layers whose rows none reads, and
-        those of as many rows.
-        """
-        if _is_layer(module):
-            return [module]
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            each = list(module.children())
-            chain = all(_is_layer(m) for m in each) and len({width_in(m) for m in each}) > 1
-            if not chain:
-                return [m for child in each for m in self.outputs(child)]
-        layers_ = self.layers(module)
-        read = {width_in(m) for m in layers_}
-        unread = [m for m in layers_ if _rows(m) not in read]
-        return [m for m in unread if _rows(m) == _rows(unread[-1])]
 
-    def outside_base(self, place: Place) -> list[nn.Module]:
-        """Layers of a model that are no part of the base model which it says that it has."""
-        base = getattr(place.module, getattr(place.module, "base_model_prefix", "") or "-", None)
-        if not isinstance(base, nn.Module) or base is place.module:
-            return []
-        inside = {id(m) for m in base.modules()}
-        return [m for m in self.layers(place.module) if id(m) not in inside]
+def _outside_base(place: Place) -> list[nn.Module]:
+    """Layers of a model that are no part of the base model which it says that it has."""
+    base = getattr(place.module, said(place.module, "base_model_prefix") or "-", None)
+    if not isinstance(base, nn.Module) or base is place.module:
+        return []
+    inside = {id(m) for m in base.modules()}
+    return [m for m in _layers(place.module) if id(m) not in inside]
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -111,13 +105,15 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _rows(module: nn.Module) -> int | None:
     for name in ("out_features", "out_channels"):
-        if isinstance(value := getattr(module, name, None), int):
+        if isinstance(value := said(module, name), int):
             return value
     return None
 
 
 def _asked(module: nn.Module, method: str) -> list[nn.Module]:
     """What the model's own method returns; models whose method fails have not said anything."""
+    if not hasattr(module, method):
+        return []
     try:
         answer: Any = getattr(module, method)()
     except Exception:
@@ -127,30 +123,37 @@ def _asked(module: nn.Module, method: str) -> list[nn.Module]:
 
 
 def _labels(module: nn.Module) -> int | None:
-    config = getattr(module, "config", None)
-    if not hasattr(module, "base_model_prefix") or not _LABELLED.search(type(module).__name__):
+    config = said(module, "config")
+    if said(module, "base_model_prefix") is None or not _LABELLED.search(type(module).__name__):
         return None
     value = getattr(config, "num_labels", None) or getattr(config, "num_classes", None)
     return value if isinstance(value, int) and value > 0 else None
 
 
+@lru_cache(maxsize=4096)
+def _kind(leaf: str) -> str:
+    """What a name promises; empty for most."""
+    for kind, names in (("always", _ALWAYS), ("strong", _STRONG), ("task", _TASK), ("weak", _WEAK)):
+        if names.fullmatch(leaf):
+            return kind
+    return "task" if leaf == "summary" else ""
+
+
 def _by_name(place: Place, roots: set[int]) -> str:
-    leaf = place.leaf
-    if _ALWAYS.fullmatch(leaf):
-        return f"by its name {leaf!r}"
-    repeated = any(a.leaf.isdigit() for a in _below_root(place, roots))
-    if _STRONG.fullmatch(leaf) and not repeated:
-        return f"by its name {leaf!r}"
-    square = _is_layer(place.module) and _rows(place.module) == width_in(place.module)
-    if _TASK.fullmatch(leaf) and not repeated and not square:
-        return f"by its name {leaf!r}"
-    if leaf == "summary" and _is_layer(place.module) and not square:
-        return f"by its name {leaf!r}"
-    parent = place.above[0] if place.above else None
-    if parent is None or id(parent) not in roots or _says_of_itself(parent.module):
+    kind = _kind(place.leaf)
+    if not kind:
         return ""
-    if _WEAK.fullmatch(leaf) and _nothing_after(place, parent):
-        return f"by its name {leaf!r} at the end of the model"
+    reason = f"by its name {place.leaf!r}"
+    if kind == "always":
+        return reason
+    repeated = any(a.leaf.isdigit() for a in _below_root(place, roots))
+    square = _is_layer(place.module) and _rows(place.module) == width_in(place.module)
+    if kind in ("strong", "task") and not repeated and not (kind == "task" and square):
+        return reason
+    parent = place.above[0] if place.above else None
+    at_the_end = parent is not None and id(parent) in roots and not _says_of_itself(parent.module)
+    if _WEAK.fullmatch(place.leaf) and parent is not None and at_the_end and _nothing_after(place, parent):
+        return f"{reason} at the end of the model"
     return ""
 
 
@@ -164,11 +167,11 @@ def _below_root(place: Place, roots: set[int]) -> Iterator[Place]:
 
 def _nothing_after(place: Place, parent: Place) -> bool:
     """Whether no other large layer of the parent is registered behind it; heads of few values may be."""
-    names = list(parent.module._modules)
-    for name in names[names.index(place.leaf) + 1 :]:
+    registered = list(parent.module._modules)
+    for name in registered[registered.index(place.leaf) + 1 :]:
         child = parent.module._modules[name]
         layers = [m for m in child.modules() if _is_layer(m)] if child is not None else []
-        if any(not _WEAK.fullmatch(name) and not _STRONG.fullmatch(name) for _ in layers):
+        if layers and not _kind(name):
             return False
     return True
 
@@ -177,7 +180,7 @@ def _by_vocabulary(survey: Survey, roots: set[int]) -> Iterator[tuple[str, list[
     """A Linear outside of blocks with a row for every token, or some more."""
     sizes = [p.module.num_embeddings for p in survey.places if isinstance(p.module, nn.Embedding)]
     vocabulary = max(sizes, default=0)
-    if not vocabulary or any(_says_of_itself(p.module) for p in survey.places):
+    if not vocabulary:
         return
     found: list[nn.Module] = []
     for place in survey.places:
@@ -191,36 +194,24 @@ def _by_vocabulary(survey: Survey, roots: set[int]) -> Iterator[tuple[str, list[
     yield f"it has a row for each of {vocabulary} tokens", found
 
 
-def _by_order(survey: Survey, below: _Below) -> Iterator[tuple[str, list[nn.Module]]]:
+def _by_order(survey: Survey) -> list[nn.Module]:
     """The last layer of a model that says nothing of itself: at the end of its Sequential, or of the model."""
-    top = survey.roots[0]
-    if len(survey.roots) > 1 and any(_says_of_itself(r.module) for r in survey.roots):
-        return
-    module = top.module
-    if _is_layer(module) or _says_of_itself(module):
-        return
+    top = module = survey.roots[0].module
+    if _is_layer(module) or any(_says_of_itself(root.module) for root in survey.roots):
+        return []
     while True:
         full = [m for m in module._modules.values() if m is not None and any(True for _ in m.parameters())]
         if not full or module._parameters:
-            return
-        last = full[-1]
-        if is_linear(last):
-            earlier = [m for m in below.layers(top.module) if m is not last]
-            if earlier and _trained(last):
-                yield "the last layer of the model", [last]
-            return
-        if not isinstance(last, nn.Sequential):
-            return
-        module = last
-
-
-def _classifies(place: Place) -> bool:
-    """Whether it is within a model that names its classifier, by which the rest is none."""
-    return any(callable(getattr(a.module, "get_classifier", None)) for a in place.above)
+            return []
+        module = full[-1]
+        if is_linear(module):
+            return [module] if len(_layers(top)) > 1 and _trained(module) else []
+        if not isinstance(module, nn.Sequential):
+            return []
 
 
 def _says_of_itself(module: nn.Module) -> bool:
-    return hasattr(module, "base_model_prefix") or callable(getattr(module, "get_classifier", None))
+    return said(module, "base_model_prefix") is not None or callable(said(module, "get_classifier"))
 
 
 def _trained(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .survey import Owner, Place, is_linear, number, width_in
+from .survey import Owner, Place, is_linear, number, said, width_in
 
 __all__ = ["Stack", "stack_of"]
 
@@ -40,7 +40,7 @@ def stack_of(owner: Owner, p: Tensor) -> Stack | None:
     rows = p.shape[2 if transposed else 1]
     if _half_is_read(owner, rows):
         return Stack({**keys, "split_sizes": (rows // 2,) * 2}, f"{why}; gate and up a matrix each")
-    if _GATED.fullmatch(owner.attribute) and rows % 2 == 0 and getattr(owner.module, "has_gate", True):
+    if _GATED.fullmatch(owner.attribute) and rows % 2 == 0 and said(owner.module, "has_gate") is not False:
         gates = _gates(owner.module, rows)
         if gates is None:
             return Stack(keys, f"{why}; gate and up are fused, layout not known: split_sizes= in overrides splits them")
@@ -58,20 +58,19 @@ def _half_is_read(owner: Owner, rows: int) -> bool:
 
 def _transposed(owner: Owner, p: Tensor) -> tuple[bool, str] | None:
     module, name = owner.module, owner.attribute
-    said = getattr(module, "is_transposed", None)
-    if isinstance(said, bool):
-        return said, "its module says is_transposed" if said else "(out, in)"
+    if isinstance(transposed := said(module, "is_transposed"), bool):
+        return transposed, "its module says is_transposed" if transposed else "(out, in)"
     if p.shape[1] == p.shape[2] and not _GATED.fullmatch(name) and (_UP.fullmatch(name) or _DOWN.fullmatch(name)):
         return False, "square"
     for guess in (_by_sides, _by_bias, _by_pair, _by_width):
-        if (transposed := guess(owner, p)) is not None:
-            return transposed, "kept as (in, out)" if transposed else "kept as (out, in)"
+        if (found := guess(owner, p)) is not None:
+            return found, "kept as (in, out)" if found else "kept as (out, in)"
     return None
 
 
 def _by_sides(owner: Owner, p: Tensor) -> bool | None:
     for into, out in _SIDES:
-        a, b = getattr(owner.module, into, None), getattr(owner.module, out, None)
+        a, b = said(owner.module, into), said(owner.module, out)
         if isinstance(a, int) and isinstance(b, int):
             return _fits(p, b, a)
     return None
@@ -126,9 +125,9 @@ def _fits(p: Tensor, rows: int, cols: int) -> bool | None:
 
 def _gates(module: nn.Module, rows: int) -> dict[str, Any] | None:
     """Gate and up one behind the other, or row by row in turn; None where it is not known."""
-    said = getattr(module, "is_concatenated", None)
-    if said is None and not type(module).__module__.startswith("transformers."):
+    behind = said(module, "is_concatenated")
+    if behind is None and not type(module).__module__.startswith("transformers."):
         return None
-    if said is False or (said is None and type(module).__name__.startswith("GptOss")):
+    if behind is False or (behind is None and type(module).__name__.startswith("GptOss")):
         return {"split_sizes": (1, 1), "interleaved": rows // 2}
     return {"split_sizes": (rows // 2,) * 2}

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["CONV", "Owner", "Place", "Survey", "Weight", "is_linear", "number", "survey", "width_in"]
+__all__ = ["CONV", "Owner", "Place", "Survey", "Weight", "is_linear", "number", "said", "survey", "width_in"]
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: Children by which wrappers hold the module that they wrap.
@@ -20,22 +20,21 @@ _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 _WRAPPERS = frozenset({"DataParallel", "DistributedDataParallel", "AveragedModel", "DeepSpeedEngine"})
 #: Names by which a program's own wrapper holds a model.
 _MODELS = frozenset({"model", "module", "net", "network", "backbone", "student", "teacher"})
+#: What a class has that says something of its own head or base.
+_SAYS = ("get_output_embeddings", "get_classifier", "base_model_prefix")
 #: Weights under reparametrizations of the older kind.
 _OLD_STYLE = {"weight_v": "weight", "weight_orig": "weight"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Place:
     """A module, its name without wrappers, and the modules above it, the nearest first."""
 
     path: str
     module: nn.Module
     above: tuple[Place, ...] = field(repr=False)
-
-    @property
-    def leaf(self) -> str:
-        """The last component of its name."""
-        return self.path.rpartition(".")[2]
+    #: The last component of its name.
+    leaf: str
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,15 @@ class Weight:
 
 @dataclass(frozen=True)
 class Survey:
-    """A model's places in order of registration, its weights, and the modules that are models on their own."""
+    """A model's places in order of registration, its weights, and the modules that are models on their own.
+
+    ``speakers`` are those whose class says what its head or its base is, as transformers' and timm's do.
+    """
 
     places: list[Place]
     weights: list[Weight]
     roots: list[Place]
+    speakers: list[Place]
 
 
 def survey(model: nn.Module) -> Survey:
@@ -86,7 +89,9 @@ def survey(model: nn.Module) -> Survey:
     weights = list(found.values())
     if len({w.name for w in weights}) < len(weights):  # wrapped and plain modules side by side
         weights = [Weight(w.raw, w.raw, w.tensor, w.owners) for w in weights]
-    return Survey(places, weights, _roots(places))
+    kinds = {kind: any(hasattr(kind, name) for name in _SAYS) for kind in {type(p.module) for p in places}}
+    speakers = [p for p in places if kinds[type(p.module)]]
+    return Survey(places, weights, _roots(places, speakers), speakers)
 
 
 def _own(found: dict[int, Weight], p: Tensor, raw: str, path: str, attribute: str, owner: Owner) -> None:
@@ -105,7 +110,7 @@ def _walk(
         name, wrapped = inner
         yield from _walk(wrapped, f"{raw}.{name}".lstrip("."), path, above, open_)
         return
-    place = Place(path, module, above)
+    place = Place(path, module, above, path.rpartition(".")[2])
     yield raw, place
     lists = _lists(module)
     for name, child in module._modules.items():
@@ -151,7 +156,7 @@ def _old_style(attribute: str) -> tuple[str, str]:
     return _OLD_STYLE.get(attribute, attribute), ""
 
 
-def _roots(places: list[Place]) -> list[Place]:
+def _roots(places: list[Place], speakers: list[Place]) -> list[Place]:
     """The module below all that only wraps, what wrappers of a program's own call a model, and models of libraries."""
     full = {id(a) for place in places if place.module._parameters for a in (place, *place.above)}
     children: dict[int, list[Place]] = {}
@@ -163,25 +168,28 @@ def _roots(places: list[Place]) -> list[Place]:
         top = children[id(top)][0]
     roots = [top, *(c for c in children.get(id(top), ()) if c.leaf in _MODELS)]
     named = {id(r) for r in roots}
-    return [*roots, *(p for p in places if id(p) not in named and _is_model(p.module))]
-
-
-def _is_model(module: nn.Module) -> bool:
-    return callable(getattr(module, "get_classifier", None)) or callable(getattr(module, "get_output_embeddings", None))
+    return [*roots, *(p for p in speakers if id(p) not in named)]
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether ``weight`` is kept as (out, in) by a module that is a Linear, by class or by what it says of itself."""
     if isinstance(module, nn.Linear):
         return True
-    weight, rows = module._parameters.get("weight"), getattr(module, "out_features", None)
+    weight, rows = module._parameters.get("weight"), said(module, "out_features")
     return weight is not None and isinstance(rows, int) and weight.shape == (rows, width_in(module))
+
+
+def said(module: nn.Module, name: str) -> Any:
+    """An attribute of a module that is none of its children, or None; a miss is not dear, as torch's own is."""
+    if name in module.__dict__:
+        return module.__dict__[name]
+    return getattr(module, name, None) if hasattr(type(module), name) else None
 
 
 def width_in(module: nn.Module) -> int | None:
     """Input features of a Linear or of a convolution."""
     for name in ("in_features", "in_channels"):
-        value = getattr(module, name, None)
+        value = said(module, name)
         if isinstance(value, int):
             return value
     return None
@@ -190,11 +198,11 @@ def width_in(module: nn.Module) -> int | None:
 def number(place: Place, names: tuple[str, ...], configs: tuple[str, ...] = ()) -> int | None:
     """A whole number that a module says of itself, or else the nearest config above it."""
     for name in names:
-        if (value := _whole(getattr(place.module, name, None))) is not None:
+        if (value := _whole(said(place.module, name))) is not None:
             return value
     for each in (place, *place.above):
-        config: Any = getattr(each.module, "config", None)
-        if config is None or isinstance(config, nn.Module):
+        config = said(each.module, "config")
+        if config is None:
             continue
         for name in configs or names:
             if (value := _whole(getattr(config, name, None))) is not None:
