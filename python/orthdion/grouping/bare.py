@@ -90,7 +90,7 @@ def _family(owner: Owner, p: Tensor) -> Verdict | None:
         rows = number(owner.place, ("ffn_hidden_size",)) or p.shape[0]
         if name in ("w1", "v1"):
             return matrix("experts below each other, a matrix each", split_sizes=(rows,) * (p.shape[0] // rows))
-        return Verdict("plain", "experts below each other, each kept as (in, out): not stepped as matrices")
+        return Verdict("decayed", "experts below each other, each kept as (in, out): not stepped as matrices")
     if name == "mm_input_projection_weight":
         return matrix("hidden matrix, kept as (in, out)", transposed=True)
     return None

@@ -93,6 +93,8 @@ def _split(parts: Parts | None) -> dict[str, Any]:
 
 def _convolution(owner: Owner, conv: Any, p: Tensor) -> Verdict:
     into = conv.in_channels // conv.groups
+    if 1 in (p.shape[0], math.prod(p.shape[1:])):
+        return Verdict("plain", "vector in the shape of a convolution: no decay")
     if conv.groups > 1 and (into == 1 or conv.out_channels == conv.groups):
         return Verdict("plain", "depthwise convolution: mixes no channels")
     if isinstance(conv, _TRANSPOSED_CONV):

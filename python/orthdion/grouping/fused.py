@@ -54,7 +54,7 @@ UNKNOWN = Parts((), 1, "fused, layout not known: stepped as one matrix; split_si
 def parts_of(place: Place, attribute: str, rows: int, cols: int) -> Parts | None:
     """How the rows of a weight are divided; None where it is one matrix."""
     named, parent = _named(place, attribute)
-    for family in (_latent, _state_space, _qkv, _kv, _gates):
+    for family in (_latent, _state_space, _qkv, _kv, _gated_query, _gates):
         parts = family(named, parent, rows, cols)
         if parts is not None:
             return parts if not parts.sizes or sum(parts.sizes) * parts.rounds == rows else UNKNOWN
@@ -163,7 +163,8 @@ def _keys_and_values(named: str, parent: Place, rows: int, cols: int, heads: int
         return Parts((key, key, value), heads, "fused QKV, head by head: three hidden matrices")
     if key and value and 2 * key + value == rows:
         return Parts((key, key, value), 1, "fused QKV: three hidden matrices")
-    keys, values = get("dim_out_qk") or get("key_attn_dim"), get("dim_out_v") or get("val_attn_dim")
+    keys = get("dim_out_qk") or get("key_attn_dim") or get("qk_dim")
+    values = get("dim_out_v") or get("val_attn_dim") or get("pdim")
     if keys and values and 2 * keys + values == rows:
         return Parts((keys, keys, values), 1, "fused QKV: three hidden matrices")
     width = get("embed_dim")
@@ -219,6 +220,17 @@ def _kv(named: str, parent: Place, rows: int, cols: int) -> Parts | None:
     if d and rows == 2 * d:
         return Parts((d, d), 1, what)
     return None if d and rows == d else UNKNOWN
+
+
+def _gated_query(named: str, parent: Place, rows: int, cols: int) -> Parts | None:
+    """Queries and the gate of attention's output in one, of which what follows reads half: head by head in Qwen."""
+    behind = parent.module._modules.get("o_proj") if named == "q_proj" else None
+    if behind is None or 2 * (width_in(behind) or 0) != rows:
+        return None
+    d = number(parent, _HEAD_DIM)
+    if not type(parent.module).__name__.startswith("Qwen") or not d or rows % (2 * d):
+        return UNKNOWN
+    return Parts((d, d), rows // (2 * d), "fused query and gate, head by head: two hidden matrices")
 
 
 def _latent(named: str, parent: Place, rows: int, cols: int) -> Parts | None:

@@ -23,11 +23,13 @@ _ALWAYS = re.compile(r"lm_heads?|unembed(ding)?s?|embed_out")
 _STRONG = re.compile(
     r"heads?|head_dist|(aux(iliary)?_)?classifiers?|classif|cls_classifier|scores?|\w*logits?|to_logits|logits_proj|"
     r"logit_out|qa_outputs|class_labels_classifier|class_(embed|predictor)|(\w+_)?bbox_(embed|predictor)|cls_score|"
-    r"bbox_(pred|reg)|bbox_ctrness|last_linear|predictions|seq_relationship|to_classes|output_projection|predict_\w+|"
-    r"reference_points"
+    r"bbox_(pred|reg)|bbox_ctrness|last_linear|predictions|seq_relationship|to_classes|output_projection\w*|predict_\w+|"
+    r"reference_points|ctc_proj|head_linear|decoder_dict"
 )
 #: Heads of some task, which may be blocks with features for an output.
 _TASK = re.compile(r"(?!\w*(query|pos_|point|feature|scale|project|order|dense))\w+_heads?")
+#: Convolutions that make pixels or samples, where they have few rows.
+_PICTURE = re.compile(r"conv_(out|last|final)|final_conv(olution)?|to_rgb|out_conv|output_conv")
 #: Heads only where they are layers of the model itself, and it says nothing else.
 _WEAK = re.compile(
     r"fc|final_layer|final|final_(linear|proj(ection)?)|output(_layer|_proj)?|out(_layer)?|fc_out|proj_out|readout|"
@@ -136,7 +138,7 @@ def _kind(leaf: str) -> str:
     for kind, names in (("always", _ALWAYS), ("strong", _STRONG), ("task", _TASK), ("weak", _WEAK)):
         if names.fullmatch(leaf):
             return kind
-    return "task" if leaf == "summary" else ""
+    return "task" if leaf == "summary" else "picture" if _PICTURE.fullmatch(leaf) else ""
 
 
 def _by_name(place: Place, roots: set[int]) -> str:
@@ -146,11 +148,15 @@ def _by_name(place: Place, roots: set[int]) -> str:
     reason = f"by its name {place.leaf!r}"
     if kind == "always":
         return reason
+    if kind == "picture":
+        return reason if isinstance(place.module, CONV) and (_rows(place.module) or 8) <= 4 else ""
     repeated = any(a.leaf.isdigit() for a in _below_root(place, roots))
     square = _is_layer(place.module) and _rows(place.module) == width_in(place.module)
     if kind in ("strong", "task") and not repeated and not (kind == "task" and square):
         return reason
     parent = place.above[0] if place.above else None
+    if place.leaf == "out" and parent is not None and "out_mid" in parent.module._modules:
+        return f"{reason}, which out_mid reads back"
     at_the_end = parent is not None and id(parent) in roots and not _says_of_itself(parent.module)
     if _WEAK.fullmatch(place.leaf) and parent is not None and at_the_end and _nothing_after(place, parent):
         return f"{reason} at the end of the model"

@@ -59,7 +59,7 @@ def _half_is_read(owner: Owner, rows: int) -> bool:
 def _transposed(owner: Owner, p: Tensor) -> tuple[bool, str] | None:
     module, name = owner.module, owner.attribute
     if isinstance(transposed := said(module, "is_transposed"), bool):
-        return transposed, "its module says is_transposed" if transposed else "(out, in)"
+        return transposed, "kept as (in, out)" if transposed else "kept as (out, in)"
     if p.shape[1] == p.shape[2] and not _GATED.fullmatch(name) and (_UP.fullmatch(name) or _DOWN.fullmatch(name)):
         return False, "square"
     for guess in (_by_sides, _by_bias, _by_pair, _by_width):
