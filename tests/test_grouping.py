@@ -576,3 +576,25 @@ def test_thousands_of_experts_are_routed_in_no_time():
         time.process_time() - start < 5.0
     )  # about half a second on an idle core; a scan of all for each takes minutes
     assert len(groups.decisions) == 18_003
+
+
+def test_weights_without_their_shape_are_refused_and_not_taken_for_vectors():
+    flattened = Classifier()
+    flattened.fc.weight = nn.Parameter(torch.zeros(80))  # as FSDP1 leaves it
+    with pytest.raises(ValueError, match=r"fc\.weight has the shape \(80,\).*fully_shard"):
+        orthdion.param_groups(flattened)
+    with pytest.raises(ValueError, match="lazy"):
+        orthdion.param_groups(nn.Sequential(nn.LazyLinear(4)))
+
+
+def test_create_takes_per_head():
+    m = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    assert orthdion.create("muon", m, per_head=True, scalar_lr=0.01).param_groups[0]["num_heads"] is None
+
+
+def test_fully_sharded_modules_are_known_by_the_class_that_they_had():
+    m = attention("GPTNeoXAttention", "query_key_value", 48, num_attention_heads=2)
+    module = m["layers"][0]["attn"]
+    module.__class__ = type("FSDPGPTNeoXAttention", (type("FSDPModule", (), {}), type(module)), {})
+    d = decisions(m)["layers.0.attn.query_key_value.weight"]
+    assert d.settings == {"algorithm": "matrix", "split_sizes": (8, 8, 8), "interleaved": 2}

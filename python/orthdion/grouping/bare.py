@@ -10,7 +10,7 @@ import re
 from torch import Tensor, nn
 
 from .stacks import stack_of
-from .survey import Owner, number
+from .survey import Owner, kind_of, number
 from .verdict import Verdict, hint, matrix
 
 __all__ = ["bare"]
@@ -22,7 +22,9 @@ _EMBEDDING = re.compile(
 _TABLE = re.compile(
     r"(^|_)(table|tokens?|latents?|quer(y|ies)|probe|prompts?|memory|slots?|A_log|rel_pos|pos|sinks?|anchors?)(_|\d*$)"
 )
-_GAIN = re.compile(r"(^|_)(bias(es)?|scales?|gains?|gamma|beta|alpha|lambda\w*|temperature|tau|decay|log_\w+)(_|\d*$)")
+_GAIN = re.compile(
+    r"(^|_)(bias(es)?|scales?|gains?|gamma|beta|alpha|lambda\w*|temperature|tau|decay|log_\w+|D)(_|\d*$)"
+)
 _ROUTER = re.compile(r"Router|TopK|MoEGate|MoeGate|Gating", re.I)
 _EMBEDDERS = re.compile(r"Embed(ding)?s?($|[A-Z0-9])|Quantizer|Codebook|Positional")
 _MATRIX = re.compile(
@@ -32,7 +34,7 @@ _MATRIX = re.compile(
 
 def bare(name: str, owner: Owner, p: Tensor) -> Verdict:
     """The verdict on a parameter of at least two axes whose module is no known layer."""
-    attribute, kind, leaf = owner.attribute, type(owner.module).__name__, owner.place.leaf
+    attribute, kind, leaf = owner.attribute, kind_of(owner.module), owner.place.leaf
     if p.numel() == max(p.shape, default=0):
         named = _EMBEDDING.search(attribute) or _TABLE.search(attribute)
         what = "embedding or token by its name" if named else "vector in the shape of a matrix"
@@ -79,13 +81,19 @@ def _attention(owner: Owner, p: Tensor) -> Verdict | None:
 
 def _family(owner: Owner, p: Tensor) -> Verdict | None:
     """Weights whose layout is the class's own."""
-    kind, name = type(owner.module).__name__, owner.attribute
+    kind, name = kind_of(owner.module), owner.attribute
     if kind.startswith("XLNet") and p.ndim == 3 and name in ("q", "k", "v", "o", "r"):
         if name == "o" or p.shape[0] == p.shape[1] * p.shape[2]:
             return matrix("one matrix, whose axes behind the first are heads", flatten=True)
         return None
     if kind.startswith("Funnel") and name == "r_kernel" and p.ndim == 3 and p.shape[0] == p.shape[1] * p.shape[2]:
         return matrix("one matrix, whose axes behind the first are heads", flatten=True)
+    if kind.startswith("ZambaMamba") and name == "x_proj_weight" and p.ndim == 3:
+        steps, state = number(owner.place, ("time_step_rank",)), number(owner.place, ("ssm_state_size",))
+        known = steps is not None and state is not None and steps + 2 * state == p.shape[1]
+        return matrix(
+            "Δ, B and C of each head: a matrix each", **({"split_sizes": (steps, state, state)} if known else {})
+        )
     if kind == "DbrxExpertGLU" and p.ndim == 2:
         rows = number(owner.place, ("ffn_hidden_size",)) or p.shape[0]
         if name in ("w1", "v1"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .bare import bare
 from .fused import Parts, heads_of, parts_of
-from .survey import CONV, Owner, Weight, is_linear
+from .survey import CONV, Owner, Weight, is_linear, kind_of
 from .verdict import Verdict, hint, matrix
 
 __all__ = ["decide"]
@@ -25,8 +25,12 @@ def decide(weight: Weight, outputs: dict[int, str], per_head: bool) -> Verdict:
     By shape: ``(d,)`` → vector; ``(1, d)`` → a vector in disguise; a convolution's ``(out, in, kh, kw)`` → one matrix
     (out, in·kh·kw); ``(m, n)`` of a Linear → a hidden matrix, unless it is an output layer. Whatever a module owns
     without being a known layer has to be known as a matrix.
+
+    Raises:
+        ValueError: for a weight without its shape.
     """
     p, name = weight.tensor, weight.name
+    _refuse_shapeless(weight)
     if not p.requires_grad:
         return Verdict("frozen", "frozen (requires_grad is False)")
     if any(_is_embedding(o) for o in weight.owners):
@@ -52,6 +56,25 @@ def decide(weight: Weight, outputs: dict[int, str], per_head: bool) -> Verdict:
     return _layer(name, owner, p, per_head)
 
 
+def _refuse_shapeless(weight: Weight) -> None:
+    """Refuses what has lost its shape, or has none yet: it would silently be a vector.
+
+    Raises:
+        ValueError: for parameters that FSDP1 or ZeRO-3 has flattened, and for those of lazy modules.
+    """
+    p = weight.tensor
+    if nn.parameter.is_lazy(p):
+        raise ValueError(f"{weight.name} has no shape yet, as its module is lazy; run a batch through the model first")
+    linear = any(
+        isinstance(o.module, (nn.Linear, *CONV)) and o.attribute == "weight" and not o.part for o in weight.owners
+    )
+    if type(p).__name__ == "FlatParameter" or (linear and p.ndim < 2):
+        raise ValueError(
+            f"{weight.name} has the shape {tuple(p.shape)}: FSDP1 or ZeRO-3 has flattened it, so it is no matrix any "
+            "more; use FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
+
+
 def _is_embedding(owner: Owner) -> bool:
     return isinstance(owner.module, (nn.Embedding, nn.EmbeddingBag))
 
@@ -62,7 +85,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _is_conv1d(module: nn.Module) -> bool:
     """A Linear that keeps (in, out), as transformers has it."""
-    return type(module).__name__ in ("Conv1D", "FSDPConv1D")
+    return kind_of(module) == "Conv1D"
 
 
 def _layer(name: str, owner: Owner, p: Tensor, per_head: bool) -> Verdict:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .survey import Place, is_linear, number, said, width_in
+from .survey import Place, is_linear, kind_of, number, said, width_in
 
 __all__ = ["Parts", "heads_of", "parts_of"]
 
@@ -120,7 +120,7 @@ def _qkv(named: str, parent: Place, rows: int, cols: int) -> Parts | None:
 
 def _known_class(named: str, parent: Place, rows: int, cols: int, heads: int | None) -> Parts | None:
     """Families whose heads, or groups of heads, lie side by side."""
-    module, kind = parent.module, type(parent.module).__name__
+    module, kind = parent.module, kind_of(parent.module)
     if kind.startswith("CodeGen") and rows % 12 == 0:  # four devices' shares
         return Parts((rows // 12,) * 3, 4, "fused QKV, in four shares: three hidden matrices")
     if kind.startswith("Falcon") and heads:
@@ -175,7 +175,7 @@ def _keys_and_values(named: str, parent: Place, rows: int, cols: int, heads: int
 
 def _grouped_queries(named: str, parent: Place, rows: int, cols: int, heads: int | None) -> Parts | None:
     groups = number(parent, _KV_HEADS)
-    if named == "in_proj" and "attention" not in type(parent.module).__name__.lower():
+    if named == "in_proj" and "attention" not in kind_of(parent.module).lower():
         return None
     if not heads or not groups or groups == heads or rows % (heads + 2 * groups):
         return None
@@ -228,7 +228,7 @@ def _gated_query(named: str, parent: Place, rows: int, cols: int) -> Parts | Non
     if behind is None or 2 * (width_in(behind) or 0) != rows:
         return None
     d = number(parent, _HEAD_DIM)
-    if not type(parent.module).__name__.startswith("Qwen") or not d or rows % (2 * d):
+    if not kind_of(parent.module).startswith("Qwen") or not d or rows % (2 * d):
         return UNKNOWN
     return Parts((d, d), rows // (2 * d), "fused query and gate, head by head: two hidden matrices")
 

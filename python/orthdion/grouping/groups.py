@@ -82,7 +82,8 @@ def param_groups(
         The groups; ``print`` them to see every decision with its reason.
 
     Raises:
-        ValueError: a pattern that matches nothing, a vector forced into a rule of matrices, a missing ``lr``.
+        ValueError: a pattern that matches nothing, a vector forced into a rule of matrices, a missing ``lr``, weights
+            that FSDP1 or ZeRO-3 has flattened, or that have no shape yet.
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .survey import CONV, Place, Survey, is_linear, said, width_in
+from .survey import CONV, Place, Survey, is_linear, kind_of, said, width_in
 
 __all__ = ["output_layers"]
 
@@ -102,7 +102,7 @@ def _outside_base(place: Place) -> list[nn.Module]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return is_linear(module) or isinstance(module, CONV) or type(module).__name__ == "Conv1D"
+    return is_linear(module) or isinstance(module, CONV) or kind_of(module) == "Conv1D"
 
 
 def _rows(module: nn.Module) -> int | None:
@@ -126,7 +126,7 @@ def _asked(module: nn.Module, method: str) -> list[nn.Module]:
 
 def _labels(module: nn.Module) -> int | None:
     config = said(module, "config")
-    if said(module, "base_model_prefix") is None or not _LABELLED.search(type(module).__name__):
+    if said(module, "base_model_prefix") is None or not _LABELLED.search(kind_of(module)):
         return None
     value = getattr(config, "num_labels", None) or getattr(config, "num_classes", None)
     return value if isinstance(value, int) and value > 0 else None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .survey import Owner, Place, is_linear, number, said, width_in
+from .survey import Owner, Place, is_linear, kind_of, number, said, width_in
 
 __all__ = ["Stack", "stack_of"]
 
@@ -126,8 +126,12 @@ def _fits(p: Tensor, rows: int, cols: int) -> bool | None:
 def _gates(module: nn.Module, rows: int) -> dict[str, Any] | None:
     """Gate and up one behind the other, or row by row in turn; None where it is not known."""
     behind = said(module, "is_concatenated")
-    if behind is None and not type(module).__module__.startswith("transformers."):
+    if behind is None and not _of_transformers(module):
         return None
-    if behind is False or (behind is None and type(module).__name__.startswith("GptOss")):
+    if behind is False or (behind is None and kind_of(module).startswith("GptOss")):
         return {"split_sizes": (1, 1), "interleaved": rows // 2}
     return {"split_sizes": (rows // 2,) * 2}
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["CONV", "Owner", "Place", "Survey", "Weight", "is_linear", "number", "said", "survey", "width_in"]
+__all__ = ["CONV", "Owner", "Place", "Survey", "Weight", "is_linear", "kind_of", "number", "said", "survey", "width_in"]
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: Children by which wrappers hold the module that they wrap.
@@ -177,6 +177,11 @@ def is_linear(module: nn.Module) -> bool:
         return True
     weight, rows = module._parameters.get("weight"), said(module, "out_features")
     return weight is not None and isinstance(rows, int) and weight.shape == (rows, width_in(module))
+
+
+def kind_of(module: nn.Module) -> str:
+    """The name of a module's class, also where fully_shard has put a class of its own before it."""
+    return next(kind.__name__ for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
 def said(module: nn.Module, name: str) -> Any:
