@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ class Tied(nn.Module):
         self.qkv = nn.Linear(16, 48)
         self.attention = nn.MultiheadAttention(16, 2)
         self.experts = nn.Parameter(torch.zeros(4, 16, 24))
+        self.experts_bias = nn.Parameter(torch.zeros(4, 16))
         self.conv = nn.Conv2d(3, 8, 3)
         self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
         self.norm = nn.LayerNorm(16)
@@ -46,7 +49,7 @@ def test_every_kind_goes_where_it_belongs_with_a_reason():
     for name, (algorithm, reason) in expected.items():
         assert d[name].settings.get("algorithm") == algorithm, name
         assert reason in d[name].reason, name
-    assert d["qkv.weight"].settings["split_sizes"] == (8, 8, 8)
+    assert d["qkv.weight"].settings["split_sizes"] == (16, 16, 16)
     assert d["norm.weight"].settings["weight_decay"] == 0.0 == d["embed.weight"].settings["weight_decay"]
     assert "lm_head.weight" not in d  # the same tensor as the embedding, listed once
 
@@ -136,7 +139,7 @@ def test_names_do_not_make_embeddings_of_layers_but_of_bare_tables():
     assert all(r[name][0] == "adamw" for name in others), r
 
 
-def test_layouts_that_are_not_out_by_in_are_not_stepped_as_such():
+def test_weights_kept_as_in_by_out_are_said_to_be_transposed():
     class Conv1D(nn.Module):  # as transformers' GPT-2 has it
         def __init__(self):
             super().__init__()
@@ -145,11 +148,12 @@ def test_layouts_that_are_not_out_by_in_are_not_stepped_as_such():
     m = nn.Module()
     m.c_attn, m.up = Conv1D(), nn.ConvTranspose2d(8, 4, 2)
     m.grouped = nn.Conv2d(32, 64, 3, groups=4)
-    r = reasons(m)
-    assert r["c_attn.weight"][0] == r["up.weight"][0] == "adamw" and "Conv1D" in r["c_attn.weight"][1]
-    assert r["grouped.weight"][0] == "matrix" and "4 groups" in r["grouped.weight"][1]
+    d = decisions(m)
+    assert d["c_attn.weight"].settings == {"algorithm": "matrix", "transposed": True, "split_sizes": (16, 16, 16)}
+    assert d["up.weight"].settings["algorithm"] == "adamw" and "(in, out)" in d["up.weight"].reason
+    assert d["grouped.weight"].settings["split_sizes"] == (16,) * 4 and "4 groups" in d["grouped.weight"].reason
     o = orthdion.OrthDion(orthdion.param_groups(m))
-    assert o.state[m.grouped.weight]["Q"].shape == (4, 16, 4)
+    assert o.state[m.grouped.weight]["Q"].shape == (4 * 16, 4)
 
 
 def test_an_overridden_head_keeps_lions_rate_and_a_depthwise_kernel_its_form():
@@ -162,3 +166,435 @@ def test_an_overridden_head_keeps_lions_rate_and_a_depthwise_kernel_its_form():
     d = {x.name: x.settings for x in groups.decisions}
     assert d["lm_head.weight"] == {"algorithm": "lion", "weight_decay": 0.1, "lr": 0.0025}
     assert d["conv.weight"] == {"algorithm": "matrix", "flatten": True}
+
+
+# ------------------------------------------------------------------ heads
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+
+def routed(model, end):
+    return [d.settings.get("algorithm") for d in orthdion.param_groups(model).decisions if d.name.endswith(end)]
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, torch.compile, nn.Sequential, nn.DataParallel, lambda m: Wrapper(m)])
+def test_a_wrapper_does_not_change_the_routing(wrap):
+    assert routed(wrap(Classifier()), "fc.weight") == ["adamw"]
+    assert routed(wrap(Classifier()), "conv.weight") == ["matrix"]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.loss_scale = model, nn.Parameter(torch.zeros(1))
+
+
+def test_names_are_those_of_the_plain_model_and_overrides_match_either():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    compiled = torch.compile(Classifier())
+    assert list(decisions(compiled)) == list(decisions(Classifier()))
+    assert decisions(compiled, overrides={"_orig_mod.conv.weight": "lion"})["conv.weight"].settings == {
+        "algorithm": "lion"
+    }
+    inner = Classifier()
+    inner.conv = checkpoint_wrapper(torch.compile(inner.conv))
+    assert list(decisions(inner)) == list(decisions(Classifier()))
+    both = nn.ModuleDict({"a": nn.Linear(4, 4), "_orig_mod": nn.Linear(4, 4)})
+    assert set(decisions(both))  # a strange name costs nobody a parameter
+
+
+def test_the_last_layer_of_a_plain_model_is_an_output_layer_and_says_how_to_override():
+    plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3)))
+    d = decisions(plain)
+    assert d["0.weight"].settings["algorithm"] == d["2.0.weight"].settings["algorithm"] == "matrix"
+    assert d["2.1.weight"].settings == {"algorithm": "adamw"} and "the last layer" in d["2.1.weight"].reason
+    assert "overrides={'*.*.weight': 'matrix'}" in d["2.1.weight"].reason
+    assert decisions(plain, overrides={"2.1.weight": "matrix"})["2.1.weight"].settings == {"algorithm": "matrix"}
+    mlp = nn.Module()
+    mlp.first, mlp.second, mlp.third = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+    assert routed(mlp, "second.weight") == ["matrix"] and routed(mlp, "third.weight") == ["adamw"]
+    block = nn.TransformerEncoderLayer(16, 2, 32)  # a part of a model has no output layer
+    assert routed(block, "linear2.weight") == ["matrix"]
+    assert routed(nn.Linear(8, 8), "weight") == ["matrix"]
+
+
+def stage(**heads):
+    m = nn.Module()
+    m.layers = nn.ModuleDict({"7": nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))})
+    m.norm = nn.LayerNorm(16)
+    for name, head in heads.items():
+        setattr(m, name, head)
+    return m
+
+
+def test_an_output_of_a_pipeline_stage_is_found_without_an_embedding_before_or_behind_a_value_head():
+    assert routed(stage(output=nn.Linear(16, 50)), "output.weight") == ["adamw"]
+    assert routed(stage(output=nn.Linear(16, 50), value_head=nn.Linear(16, 2)), ".weight")[-2:] == ["adamw", "adamw"]
+    assert routed(stage(), "0.weight") == routed(stage(), "1.weight") == ["matrix"]  # a stage in the middle
+    first = nn.Module()
+    first.output, first.emb = nn.Linear(16, 512), nn.Embedding(500, 16)  # registered first, and padded
+    first.body = nn.Linear(16, 16)
+    assert routed(first, "output.weight") == ["adamw"] and routed(first, "body.weight") == ["matrix"]
+
+
+def test_every_layer_of_a_list_of_heads_is_a_head_and_of_a_chain_only_the_last():
+    m = stage(head=nn.ModuleList([nn.Linear(16, 5), nn.Linear(16, 5)]), lm_heads=nn.ModuleList([nn.Linear(16, 9)] * 1))
+    assert routed(m, "head.0.weight") == routed(m, "head.1.weight") == routed(m, "lm_heads.0.weight") == ["adamw"]
+    box = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)])
+    predictor = nn.Module()
+    predictor.layers = box
+    m = stage(class_labels_classifier=nn.Linear(16, 6), bbox_predictor=predictor)
+    assert routed(m, "layers.2.weight") == routed(m, "class_labels_classifier.weight") == ["adamw"]
+    assert routed(m, "predictor.layers.0.weight") == routed(m, "predictor.layers.1.weight") == ["matrix"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head",
+        "head",
+        "classifier",
+        "score",
+        "logits",
+        "to_logits",
+        "qa_outputs",
+        "class_labels_classifier",
+        "class_embed",
+        "enc_score_head",
+        "bbox_predictor",
+        "head_dist",
+        "dist_head",
+        "aux_head",
+        "last_linear",
+        "classif",
+        "final_layer",
+        "fc_out",
+        "output",
+        "classification_head",
+        "enc_out_bbox_embed",
+        "aux_classifier",
+        "unembed",
+        "embed_out",
+    ],
+)
+def test_heads_by_name(name):
+    assert routed(stage(**{name: nn.Linear(16, 5)}), f"{name}.weight") == ["adamw"]
+    conv = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 5, 1))
+    assert routed(stage(**{name: conv}), f"{name}.0.weight") == ["matrix"]
+    assert routed(stage(**{name: conv}), f"{name}.2.weight") == ["adamw"]
+
+
+def test_the_models_own_word_on_its_head_counts_first():
+    class Timm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.conv_head, self.z = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 5, 1)
+
+        def get_classifier(self):
+            return self.z
+
+    assert routed(Timm(), "z.weight") == ["adamw"] and routed(Timm(), "conv_head.weight") == ["matrix"]
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.readout = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+        def get_output_embeddings(self):
+            return self.readout
+
+    outer = nn.ModuleDict({"policy": Inner(), "other": nn.Linear(8, 4), "norm": nn.LayerNorm(4)})
+    assert routed(outer, "policy.readout.weight") == ["adamw"] and routed(outer, "policy.body.weight") == ["matrix"]
+
+    class Broken(Inner):
+        def get_output_embeddings(self):
+            raise NotImplementedError
+
+    assert routed(Broken(), "body.weight") == ["matrix"]
+
+
+# ------------------------------------------------------------------ tables, parametrizations, stacks
+
+
+def test_tables_tokens_and_gains_are_no_matrices():
+    m = nn.Module()
+    shapes = {
+        "attention_biases": (8, 49),
+        "rel_pos_h": (27, 64),
+        "rel_pos_w": (27, 64),
+        "relative_position_bias_table": (169, 3),
+        "pos_embed": (1, 197, 16),
+        "patch_pos": (1, 16, 16),
+        "pixel_pos": (1, 8, 4, 4),
+        "latents": (32, 16),
+        "query": (1, 3, 16),
+        "latent_tokens": (4, 16),
+        "A_log": (16, 4),
+        "head_gains": (8, 16),
+        "something": (8, 16),
+    }
+    for name, shape in shapes.items():
+        setattr(m, name, nn.Parameter(torch.zeros(shape)))
+    d = decisions(m)
+    for name in shapes:
+        assert d[name].settings == {"algorithm": "adamw", "weight_decay": 0.0}, name
+    assert "overrides={'something': 'matrix'}" in d["something"].reason
+
+
+def test_a_parametrized_weight_is_what_the_plain_one_would_be():
+    from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+
+    plain = decisions(nn.Conv1d(8, 16, 3))["weight"].settings
+    new = decisions(parametrizations.weight_norm(nn.Conv1d(8, 16, 3)))
+    assert new["parametrizations.weight.original1"].settings == plain == {"algorithm": "matrix", "flatten": True}
+    assert new["parametrizations.weight.original0"].settings == {"algorithm": "adamw", "weight_decay": 0.0}
+    with pytest.warns(FutureWarning):
+        old = decisions(weight_norm(nn.Conv1d(8, 16, 3)))
+    assert old["weight_v"].settings == plain and old["weight_g"].settings["algorithm"] == "adamw"
+    assert decisions(spectral_norm(nn.Linear(8, 16)))["weight_orig"].settings == {"algorithm": "matrix"}
+    orthogonal = decisions(parametrizations.orthogonal(nn.Linear(8, 8)))
+    assert orthogonal["parametrizations.weight.original"].settings == {"algorithm": "matrix"}
+    net = nn.Sequential(
+        parametrizations.weight_norm(nn.Conv1d(1, 16, 7)), parametrizations.weight_norm(nn.Linear(4, 2))
+    )
+    o = orthdion.OrthDion(orthdion.param_groups(net))
+    assert o.state[net[0].parametrizations.weight.original1]["Q"].shape[0] == 7  # one matrix 16×7
+
+
+class Experts(nn.Module):
+    """Stacked weights; ``config`` and other attributes as keywords."""
+
+    def __init__(self, shapes, **said):
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.zeros(shape)))
+        for name, value in said.items():
+            setattr(self, name, value)
+
+
+UPRIGHT, TRANSPOSED = {}, {"transposed": True}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said", "expected"),
+    [
+        # What the module says counts, and gate and up are parts.
+        ({"down_proj": (4, 8, 8)}, {"is_transposed": True}, {"down_proj": TRANSPOSED}),
+        (
+            {"gate_up_proj": (4, 8, 24)},
+            {"is_transposed": True, "is_concatenated": False},
+            {"gate_up_proj": {**TRANSPOSED, "split_sizes": (1, 1), "interleaved": 12}},
+        ),
+        (
+            {"gate_up_proj": (4, 24, 8)},
+            {"is_transposed": False, "is_concatenated": True},
+            {"gate_up_proj": {"split_sizes": (12, 12)}},
+        ),
+        # A pair leaves one way, even where 2f = d.
+        ({"gate_up_proj": (4, 8, 8), "down_proj": (4, 8, 4)}, {}, {"gate_up_proj": UPRIGHT, "down_proj": UPRIGHT}),
+        (
+            {"gate_up_proj": (4, 8, 8), "down_proj": (4, 4, 8)},
+            {},
+            {"gate_up_proj": TRANSPOSED, "down_proj": TRANSPOSED},
+        ),
+        # A bias, or the width of the model, tells.
+        ({"mlp1_weight": (4, 24, 8), "mlp1_bias": (4, 24)}, {}, {"mlp1_weight": UPRIGHT}),
+        ({"mlp1_weight": (4, 8, 24), "mlp1_bias": (4, 24)}, {}, {"mlp1_weight": TRANSPOSED}),
+        (
+            {"w1": (4, 24, 8), "w2": (4, 8, 24), "w3": (4, 24, 8)},
+            {"dim": 8},
+            {"w1": UPRIGHT, "w2": UPRIGHT, "w3": UPRIGHT},
+        ),
+        ({"w1": (4, 24, 8), "w2": (4, 8, 24)}, {"hidden_size": 24}, {"w1": TRANSPOSED, "w2": TRANSPOSED}),
+        ({"weight": (4, 24, 8)}, {"input_size": 8, "output_size": 24}, {"weight": UPRIGHT}),
+        # Not known, not guessed.
+        ({"w1": (4, 24, 8), "w2": (4, 8, 24)}, {}, {"w1": None, "w2": None}),
+        ({"experts": (4, 24, 8)}, {"hidden_size": 8}, {"experts": None}),
+        ({"up_proj": (4, 8, 8)}, {}, {"up_proj": UPRIGHT}),
+    ],
+)
+def test_stacks_are_oriented_by_what_is_known_and_never_guessed(shapes, said, expected):
+    d = decisions(nn.ModuleDict({"experts": Experts(shapes, **said)}))
+    for name, keys in expected.items():
+        found = d[f"experts.{name}"]
+        if keys is None:
+            assert found.settings["algorithm"] == "adamw"
+            assert f"overrides={{'experts.{name}': {{'algorithm': 'matrix', 'transposed': True}}}}" in found.reason
+        else:
+            assert found.settings == {"algorithm": "matrix", **keys}, name
+
+
+def test_a_router_beside_the_experts_tells_the_width():
+    block = nn.ModuleDict(
+        {"router": nn.Linear(8, 4, bias=False), "experts": Experts({"w1": (4, 8, 24), "w2": (4, 24, 8)})}
+    )
+    d = decisions(nn.ModuleDict({"layers": nn.ModuleList([block])}))
+    assert (
+        d["layers.0.experts.w1"].settings == d["layers.0.experts.w2"].settings == {"algorithm": "matrix", **TRANSPOSED}
+    )
+    assert d["layers.0.router.weight"].settings == {"algorithm": "adamw"}
+
+
+def test_xlnets_axes_of_heads_are_one_matrix():
+    class XLNetRelativeAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.o = nn.Parameter(torch.zeros(16, 2, 8)), nn.Parameter(torch.zeros(16, 2, 8))
+            self.r_w_bias = nn.Parameter(torch.zeros(2, 8))
+
+    d = decisions(XLNetRelativeAttention())
+    assert d["q"].settings == d["o"].settings == {"algorithm": "matrix", "flatten": True}
+    assert d["r_w_bias"].settings["algorithm"] == "adamw"
+
+
+def test_recurrent_weights_are_a_matrix_a_gate():
+    d = decisions(nn.ModuleDict({"lstm": nn.LSTM(6, 8, proj_size=4), "gru": nn.GRU(6, 8), "rnn": nn.RNN(6, 8)}))
+    assert d["lstm.weight_ih_l0"].settings["split_sizes"] == (8,) * 4
+    assert d["lstm.weight_hr_l0"].settings == {"algorithm": "matrix"} == d["rnn.weight_hh_l0"].settings
+    assert d["gru.weight_hh_l0"].settings["split_sizes"] == (8,) * 3
+
+
+# ------------------------------------------------------------------ fused weights
+
+
+class Config:
+    def __init__(self, **said):
+        self.__dict__.update(said)
+
+
+def attention(kind, name, rows, cols=16, **said):
+    """A module of a class of this name with one projection, in a model with a config."""
+    module = type(kind, (nn.Module,), {})()
+    setattr(module, name, nn.Linear(cols, rows))
+    for key, value in said.items():
+        setattr(module, key, value)
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"attn": module})])})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "rows", "said", "keys"),
+    [
+        ("GPTNeoXAttention", "query_key_value", 48, {"config": Config(num_attention_heads=2)}, ((8, 8, 8), 2)),
+        ("BloomAttention", "query_key_value", 48, {"num_heads": 4}, ((4, 4, 4), 4)),
+        (
+            "FalconAttention",
+            "query_key_value",
+            32,
+            {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "new_decoder_architecture": True},
+            ((8, 4, 4), 2),
+        ),
+        (
+            "FalconAttention",
+            "query_key_value",
+            24,
+            {"num_heads": 4, "head_dim": 4, "multi_query": True},
+            ((16, 4, 4), 1),
+        ),
+        ("FalconAttention", "query_key_value", 48, {"num_heads": 4, "head_dim": 4}, ((4, 4, 4), 4)),
+        ("SelfAttention", "query_key_value", 48, {"num_heads": 4}, None),
+        (
+            "Phi3Attention",
+            "qkv_proj",
+            32,
+            {"config": Config(num_attention_heads=4, num_key_value_heads=2)},
+            ((16, 8, 8), 1),
+        ),
+        ("GPTBigCodeAttention", "c_attn", 24, {"num_heads": 4, "multi_query": True, "kv_dim": 4}, ((16, 4, 4), 1)),
+        ("CodeGenAttention", "qkv_proj", 48, {}, ((4, 4, 4), 4)),
+        ("MaskUnitAttention", "qkv", 96, {"heads": 2}, ((32, 32, 32), 1)),  # 3·dim_out
+        ("Attention", "qkv", 64, {"num_heads": 2, "key_dim": 8, "val_dim": 16}, ((8, 8, 16), 2)),  # LeViT
+        ("Attention", "qkv", 50, {}, None),
+        ("Attention", "Wqkv", 48, {}, ((16, 16, 16), 1)),
+        ("Attention", "kv", 32, {}, ((16, 16), 1)),
+        ("MLA", "kv_b_proj", 40, {"qk_nope_head_dim": 4, "v_head_dim": 6}, ((4, 6), 4)),
+        ("MLA", "kv_a_proj_with_mqa", 12, {"config": Config(qk_rope_head_dim=4)}, ((8, 4), 1)),
+        ("MambaMixer", "in_proj", 64, {"intermediate_size": 32, "ssm_state_size": 4}, ((32, 32), 1)),
+        ("MambaMixer", "x_proj", 9, {"time_step_rank": 1, "ssm_state_size": 4}, ((1, 4, 4), 1)),
+        (
+            "Mamba2Mixer",
+            "in_proj",
+            76,
+            {"intermediate_size": 32, "ssm_state_size": 4, "n_groups": 1, "num_heads": 4},
+            ((32, 32, 4, 4, 4), 1),
+        ),
+        ("MLP", "gate_up_proj", 64, {}, ((32, 32), 1)),
+    ],
+)
+def test_fused_weights_are_split_as_their_family_has_them(kind, name, rows, said, keys):
+    (d,) = [d for n, d in decisions(attention(kind, name, rows, **said)).items() if n.endswith("weight")]
+    if keys is None:
+        assert d.settings == {"algorithm": "matrix"} and "layout not known" in d.reason
+        return
+    sizes, rounds = keys
+    expected = {"split_sizes": sizes, **({"interleaved": rounds} if rounds > 1 else {})}
+    assert d.settings == {"algorithm": "matrix", **expected}, d.reason
+    assert sum(sizes) * rounds == rows
+
+
+def test_a_gate_is_known_by_what_reads_half_of_it():
+    mlp = nn.ModuleDict({"fc1": nn.Linear(8, 32), "fc2": nn.Linear(16, 8)})
+    plain = nn.ModuleDict({"fc1": nn.Linear(8, 32), "fc2": nn.Linear(32, 8)})
+    d = decisions(nn.ModuleDict({"blocks": nn.ModuleList([mlp, plain])}))
+    assert d["blocks.0.fc1.weight"].settings["split_sizes"] == (16, 16)
+    assert d["blocks.1.fc1.weight"].settings == {"algorithm": "matrix"}
+
+
+def test_heads_are_stepped_alone_where_asked_for():
+    said = {"config": Config(num_attention_heads=4, num_key_value_heads=2, head_dim=4)}
+    module = type("Attention", (nn.Module,), {})()
+    for name, rows in {"q_proj": 16, "k_proj": 8, "v_proj": 8, "o_proj": 16}.items():
+        setattr(module, name, nn.Linear(16, rows))
+    module.config = said["config"]
+    m = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"self_attn": module})])})
+    d = decisions(m, per_head=True)
+    heads = {n.split(".")[-2]: d[n].settings.get("num_heads") for n in d if n.endswith("weight")}
+    assert heads == {"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": None}
+    fused = decisions(attention("Phi3Attention", "qkv_proj", 32, **said), per_head=True)
+    assert fused["layers.0.attn.qkv_proj.weight"].settings == {"algorithm": "matrix", "num_heads": 8}
+    assert decisions(m)["layers.0.self_attn.q_proj.weight"].settings == {"algorithm": "matrix"}
+    orthdion.Muon(orthdion.param_groups(m, per_head=True))
+
+
+def test_torchs_attention_is_split_whatever_its_widths():
+    d = decisions(nn.ModuleDict({"a": nn.MultiheadAttention(16, 2), "b": nn.MultiheadAttention(16, 2, kdim=8, vdim=4)}))
+    assert d["a.in_proj_weight"].settings["split_sizes"] == (16, 16, 16)
+    assert d["b.q_proj_weight"].settings == d["b.k_proj_weight"].settings == {"algorithm": "matrix"}
+
+
+def test_thousands_of_experts_are_routed_in_no_time():
+    expert = lambda: nn.ModuleDict({n: nn.Linear(4, 4, bias=False, device="meta") for n in ("w1", "w2", "w3")})  # noqa: E731
+    layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList(expert() for _ in range(100))}) for _ in range(60))
+    m = nn.ModuleDict({"embed": nn.Embedding(8, 4), "layers": layers, "output": nn.Linear(4, 8)})
+    start = time.process_time()
+    groups = orthdion.param_groups(m)
+    assert (
+        time.process_time() - start < 5.0
+    )  # about half a second on an idle core; a scan of all for each takes minutes
+    assert len(groups.decisions) == 18_003
+
+
+def test_weights_without_their_shape_are_refused_and_not_taken_for_vectors():
+    flattened = Classifier()
+    flattened.fc.weight = nn.Parameter(torch.zeros(80))  # as FSDP1 leaves it
+    with pytest.raises(ValueError, match=r"fc\.weight has the shape \(80,\).*fully_shard"):
+        orthdion.param_groups(flattened)
+    with pytest.raises(ValueError, match="lazy"):
+        orthdion.param_groups(nn.Sequential(nn.LazyLinear(4)))
+
+
+def test_create_takes_per_head():
+    m = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    assert orthdion.create("muon", m, per_head=True, scalar_lr=0.01).param_groups[0]["num_heads"] is None
+
+
+def test_fully_sharded_modules_are_known_by_the_class_that_they_had():
+    m = attention("GPTNeoXAttention", "query_key_value", 48, num_attention_heads=2)
+    module = m["layers"][0]["attn"]
+    module.__class__ = type("FSDPGPTNeoXAttention", (type("FSDPModule", (), {}), type(module)), {})
+    d = decisions(m)["layers.0.attn.query_key_value.weight"]
+    assert d.settings == {"algorithm": "matrix", "split_sizes": (8, 8, 8), "interleaved": 2}

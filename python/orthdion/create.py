@@ -17,7 +17,7 @@ from .optim import OPTIMIZERS
 
 __all__ = ["OptimizerInfo", "create", "list_optimizers"]
 
-_GROUPING = ("scalar", "scalar_lr", "overrides")
+_GROUPING = ("scalar", "scalar_lr", "overrides", "per_head")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def create(
         optimizer: a registered name (:func:`list_optimizers`), a rule of one's own, or an optimizer class.
         model: a module, whose parameters :func:`orthdion.param_groups` divides among the optimizer's rule and
             AdamW; or parameters or groups, as for any optimizer.
-        options: the optimizer's keywords; for a module also ``scalar``, ``scalar_lr`` and ``overrides`` of
-            :func:`orthdion.param_groups`.
+        options: the optimizer's keywords; for a module also ``scalar``, ``scalar_lr``, ``overrides`` and ``per_head``
+            of :func:`orthdion.param_groups`.
 
     Raises:
         ValueError: for an unknown name, suggesting the nearest; and as the optimizer's constructor.
