@@ -324,7 +324,15 @@ def special_shapes(options: dict[str, Any]) -> list[float]:
     ]
 
 
-def strided_shards(options: dict[str, Any]) -> float:
+#: How the three weights of the model below may be fused: their rows are 14, 22 and 10.
+FUSED: list[dict[str, Any]] = [
+    {"split_sizes": (8, 4, 2)},
+    {"split_sizes": (6, 5), "interleaved": 2},
+    {"num_heads": 5},
+]
+
+
+def strided_shards(options: dict[str, Any], fused: bool) -> float:
     """FSDP over tensor parallel on one axis (_StridedShard), with rows that do not divide evenly."""
     from torch import nn
     from torch.distributed.fsdp import fully_shard
@@ -338,10 +346,14 @@ def strided_shards(options: dict[str, Any]) -> float:
     parallelize_module(model, grid["axis1"], {"0": ColwiseParallel(), "1": RowwiseParallel(), "2": ColwiseParallel()})
     fully_shard(model, mesh=grid["axis0"], reshard_after_forward=True)
     assert any(type(s).__name__ == "_StridedShard" for p in model.parameters() for s in p.placements)
-    both = [
-        build([{"params": [p], "algorithm": "matrix" if p.ndim == 2 else "adamw"} for p in m.parameters()], options)
-        for m in (whole, model)
-    ]
+
+    def optimizer(m: nn.Module) -> Any:
+        keys = iter(FUSED if fused else [{}] * 3)
+        groups = [{"params": [p], "algorithm": "adamw"} for p in m.parameters() if p.ndim < 2]
+        groups += [{"params": [p], **next(keys)} for p in m.parameters() if p.ndim == 2]
+        return build(groups, options)
+
+    both = [optimizer(m) for m in (whole, model)]
     for k in range(6):
         for m, o in zip((whole, model), both, strict=True):
             o.zero_grad()

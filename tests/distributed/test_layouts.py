@@ -127,8 +127,9 @@ def test_stacks_convolutions_fused_blocks_and_vectors(world, size, options):
 
 
 @pytest.mark.parametrize("optimizer", ["orth-dion", "completed-dion", "muon", "signed-momentum-of-tests"])
-def test_strided_shards_of_fsdp_over_tensor_parallel(world, optimizer):
-    assert max(world(4).run(cases.strided_shards, {"optimizer": optimizer})) < 1e-9
+@pytest.mark.parametrize("fused", [False, True])
+def test_strided_shards_of_fsdp_over_tensor_parallel(world, optimizer, fused):
+    assert max(world(4).run(cases.strided_shards, {"optimizer": optimizer}, fused)) < 1e-9
 
 
 @pytest.mark.parametrize(
