@@ -8,6 +8,7 @@
 pub mod borrow;
 pub mod elementwise;
 pub mod error;
+mod float_mode;
 pub mod gemm;
 pub mod isa;
 pub mod newton_schulz;

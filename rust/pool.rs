@@ -4,6 +4,7 @@
 //! the task computes. Threads sleep on a condition variable between calls: a spinning barrier inside a factorisation
 //! costs a hundredfold on a busy machine. A call made from inside a task runs serially.
 
+use crate::float_mode::FloatMode;
 use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -123,6 +124,7 @@ struct Job {
     task: *const (dyn Fn(usize) + Sync),
     next: *const AtomicUsize,
     tasks: usize,
+    mode: FloatMode,
 }
 // SAFETY: the pointees are `Sync` and outlive the job.
 unsafe impl Send for Job {}
@@ -147,7 +149,7 @@ impl Pool {
         // SAFETY: only the lifetime is erased; `job` is gone before this frame is.
         let task: *const (dyn Fn(usize) + Sync + 'static) =
             unsafe { std::mem::transmute(task as *const (dyn Fn(usize) + Sync)) };
-        let job = Job { task, next: &raw const next, tasks };
+        let job = Job { task, next: &raw const next, tasks, mode: FloatMode::current() };
         {
             let mut state = lock(&self.shared.state);
             state.job = Some(job);
@@ -205,6 +207,7 @@ fn work(shared: &Shared) {
                 state = shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
         };
+        job.mode.apply();
         let result = catch_unwind(AssertUnwindSafe(|| help(job)));
         let mut state = lock(&shared.state);
         if let Err(payload) = result {

@@ -398,3 +398,30 @@ def test_one_cycle_and_plateau_schedulers_and_a_scaler(name):
         once.step()
         plateau.step(1.0)
     assert finite(o, p)
+
+
+def test_flushing_of_subnormals_set_after_the_first_step_counts_on_every_thread():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    torch.set_flush_denormal(False)
+    threads = torch.get_num_threads()
+
+    def after(n):
+        torch.set_num_threads(n)
+        params = [parameter(1e-38 * randn(64, 48, seed=i), randn(64, 48, seed=i)) for i in range(16)]
+        o = orthdion.OrthDion([{"params": params, "algorithm": "adamw"}], lr=1e-39, weight_decay=0.5)
+        o.step()  # threads are started here, before the mode changes
+        for p in params:
+            p.grad.mul_(1e-38)
+            o.state[p]["momentum"].mul_(1e-37)
+        torch.set_flush_denormal(True)
+        o.step()
+        torch.set_flush_denormal(False)
+        return [t.clone() for p in params for t in (p.detach(), o.state[p]["momentum"])]
+
+    try:
+        one, two = after(1), after(2)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
