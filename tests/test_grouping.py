@@ -213,11 +213,18 @@ def test_the_last_layer_of_a_plain_model_is_an_output_layer_and_says_how_to_over
     d = decisions(plain)
     assert d["0.weight"].settings["algorithm"] == d["2.0.weight"].settings["algorithm"] == "matrix"
     assert d["2.1.weight"].settings == {"algorithm": "adamw"} and "the last layer" in d["2.1.weight"].reason
-    assert "overrides={'*.*.weight': 'matrix'}" in d["2.1.weight"].reason
+    assert "overrides={'2.1.weight': 'matrix'}" in d["2.1.weight"].reason
     assert decisions(plain, overrides={"2.1.weight": "matrix"})["2.1.weight"].settings == {"algorithm": "matrix"}
     mlp = nn.Module()
     mlp.first, mlp.second, mlp.third = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
     assert routed(mlp, "second.weight") == ["matrix"] and routed(mlp, "third.weight") == ["adamw"]
+    vit = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    vit.register_parameter("cls_token", nn.Parameter(torch.zeros(1, 1, 16)))
+    assert routed(vit, "1.weight") == ["matrix"] and routed(vit, "2.weight") == ["adamw"]
+    square = nn.ModuleDict(
+        {"body": nn.Linear(16, 16), "classifier": nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))}
+    )
+    assert routed(square, "classifier.0.weight") == ["matrix"] and routed(square, "classifier.1.weight") == ["adamw"]
     block = nn.TransformerEncoderLayer(16, 2, 32)  # a part of a model has no output layer
     assert routed(block, "linear2.weight") == ["matrix"]
     assert routed(nn.Linear(8, 8), "weight") == ["matrix"]
@@ -557,6 +564,8 @@ def test_heads_are_stepped_alone_where_asked_for():
     fused = decisions(attention("Phi3Attention", "qkv_proj", 32, **said), per_head=True)
     assert fused["layers.0.attn.qkv_proj.weight"].settings == {"algorithm": "matrix", "num_heads": 8}
     assert decisions(m)["layers.0.self_attn.q_proj.weight"].settings == {"algorithm": "matrix"}
+    short = decisions(attention("Attention", "wk", 8, **said), per_head=True)
+    assert short["layers.0.attn.wk.weight"].settings == {"algorithm": "matrix", "num_heads": 2}
     orthdion.Muon(orthdion.param_groups(m, per_head=True))
 
 

@@ -46,11 +46,11 @@ def decide(weight: Weight, outputs: dict[int, str], per_head: bool) -> Verdict:
         if _is_layer(owner.module) and owner.attribute == "weight":
             return Verdict("plain", "vector in the shape of a matrix: no decay")
         return bare(name, owner, p)
-    said = next(
+    why = next(
         (outputs[id(o.module)] for o in weight.owners if id(o.module) in outputs and o.attribute == "weight"), None
     )
-    if said is not None:
-        return Verdict("head", f"head ({said}): rows are outputs, not features; {hint(name)}")
+    if why is not None:
+        return Verdict("head", f"head ({why}): rows are outputs, not features; {hint(name, exact=True)}")
     if not _is_layer(owner.module) or owner.attribute != "weight":
         return bare(name, owner, p)
     return _layer(name, owner, p, per_head)

@@ -25,11 +25,11 @@ _GATED = re.compile(
     re.I,
 )
 _PROJECTION = re.compile(
-    r"((to_)?[qkv](_proj|_lin|_b_proj)?|w[qkv]|query|key|value|[qkv]uery_proj|(query|key|value)_proj|linear_[qkv])",
+    r"((to_)?[qkv](_proj|_lin|_b_proj)?|w[qkv]|query|key|value|(query|key|value)_proj|linear_[qkv])",
     re.I,
 )
 #: Names under which a block keeps the layer that does its work.
-_TRANSPARENT = frozenset({"linear", "conv", "c", "l", "base_layer", "original_layer", "module", "layer"})
+_TRANSPARENT = frozenset({"linear", "conv", "convolution", "c", "l", "base_layer", "original_layer", "module", "layer"})
 #: Classes whose query_key_value or c_attn has the rows of each head side by side: q, k, v of the first, of the second …
 _HEAD_BY_HEAD = re.compile(
     r"GPTNeoX(Japanese)?Attention|Bloom\w*Attention|Persimmon\w*Attention|GPTBigCode\w*Attention|"
@@ -73,7 +73,7 @@ def heads_of(place: Place, attribute: str, rows: int, parts: Parts | None) -> in
         return rows // size if size and not any(piece % size for piece in parts.sizes) else None
     if parts is not None or not _PROJECTION.fullmatch(named):
         return None
-    small = re.search(r"k|v", named.lower().removeprefix("to_")[:1]) is not None
+    small = re.sub(r"^(to_|w|linear_)", "", named.lower())[:1] in ("k", "v")
     many = (number(parent, _KV_HEADS) or heads) if small else heads
     if size and rows % size == 0:
         return rows // size if rows // size in (many, heads) else None

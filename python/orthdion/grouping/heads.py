@@ -54,13 +54,13 @@ def _claims(survey: Survey) -> Iterator[tuple[str, list[nn.Module]]]:
     for place in survey.speakers:
         for method in ("get_output_embeddings", "get_classifier"):
             answers = _asked(place.module, method)
-            yield f"{method}() returns it", [m for each in answers for m in _outputs(each)]
+            yield f"{method}() returns it", [m for each in answers for m in _outputs(each, True)]
     roots = {id(root) for root in survey.roots}
     classified = {id(p) for p in survey.speakers if hasattr(p.module, "get_classifier")}
     for place in survey.places:
         named = place.leaf and not (classified and any(id(a) in classified for a in place.above))
         if named and (why := _by_name(place, roots)):
-            yield why, _outputs(place.module)
+            yield why, _outputs(place.module, not survey.speakers)
     for place in survey.speakers:
         labels = _labels(place.module)
         if labels:
@@ -75,9 +75,11 @@ def _layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if _is_layer(m)]
 
 
-def _outputs(module: nn.Module) -> list[nn.Module]:
-    """Itself; those of each in a list of heads side by side; else the last of its layers whose rows none reads, and
-    those of as many rows.
+def _outputs(module: nn.Module, certain: bool) -> list[nn.Module]:
+    """The output layers of a head.
+
+    Itself; those of each in a list of heads side by side; else the last of its layers whose rows none reads, and those
+    of as many rows. If all are read, there is none, as in a pooling head; or it is the last layer, if ``certain``.
     """
     if _is_layer(module):
         return [module]
@@ -85,10 +87,12 @@ def _outputs(module: nn.Module) -> list[nn.Module]:
         each = list(module.children())
         chain = all(_is_layer(m) for m in each) and len({width_in(m) for m in each}) > 1
         if not chain:
-            return [m for child in each for m in _outputs(child)]
+            return [m for child in each for m in _outputs(child, certain)]
     layers = _layers(module)
     read = {width_in(m) for m in layers}
     unread = [m for m in layers if _rows(m) not in read]
+    if not unread:
+        return layers[-1:] if certain else []
     return [m for m in unread if _rows(m) == _rows(unread[-1])]
 
 
@@ -207,7 +211,7 @@ def _by_order(survey: Survey) -> list[nn.Module]:
         return []
     while True:
         full = [m for m in module._modules.values() if m is not None and any(True for _ in m.parameters())]
-        if not full or module._parameters:
+        if not full:
             return []
         module = full[-1]
         if is_linear(module):

@@ -27,8 +27,8 @@ def matrix(reason: str, **keys: Any) -> Verdict:
     return Verdict("matrix", reason, keys)
 
 
-def hint(name: str, **keys: Any) -> str:
-    """How to say otherwise, for all parameters that are called so in any layer."""
-    pattern = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
+def hint(name: str, exact: bool = False, **keys: Any) -> str:
+    """How to say otherwise, for all parameters that are called so in any layer, or for this one."""
+    pattern = name if exact else re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
     wish = {"algorithm": "matrix", **keys}
     return f"overrides={{{pattern!r}: {wish if keys else 'matrix'!r}}} steps it as one"
