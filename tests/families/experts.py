@@ -1,0 +1,197 @@
+"""Mixtures of experts, and state-space models."""
+
+from .family import GQA, MOE, TINY, Family, small
+
+FAMILIES = [
+    Family(
+        "Mixtral",
+        "mixture of experts",
+        "transformers",
+        lambda t: small(t, "MixtralConfig", "MixtralForCausalLM", **GQA, num_local_experts=4),
+        {
+            "model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}.weight": "",
+            "model.layers.#.mlp.experts.down_proj": "",
+            "model.layers.#.mlp.experts.gate_up_proj": "split_sizes=(80,80)",
+        },
+        {
+            "model.embed_tokens.weight",
+            "model.layers.#.mlp.gate.weight",
+            "lm_head.weight",
+        },
+    ),
+    Family(
+        "GPT-OSS",
+        "mixture of experts",
+        "transformers",
+        lambda t: small(t, "GptOssConfig", "GptOssForCausalLM", **GQA, head_dim=8, num_local_experts=4),
+        {
+            "model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}.weight": "",
+            "model.layers.#.mlp.experts.gate_up_proj": "transposed=True, split_sizes=(1,1), interleaved=80",
+            "model.layers.#.mlp.experts.down_proj": "transposed=True",
+        },
+        {
+            "model.embed_tokens.weight",
+            "model.layers.#.mlp.router.weight",
+            "lm_head.weight",
+        },
+    ),
+    Family(
+        "Llama 4",
+        "mixture of experts",
+        "transformers",
+        lambda t: small(
+            t, "Llama4TextConfig", "Llama4ForCausalLM", **GQA, intermediate_size_mlp=96, num_local_experts=4, head_dim=8
+        ),
+        {
+            "model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}.weight": "",
+            "model.layers.#.feed_forward.shared_expert.{gate_proj,up_proj,down_proj}.weight": "",
+            "model.layers.#.feed_forward.experts.gate_up_proj": "transposed=True, split_sizes=(80,80)",
+            "model.layers.#.feed_forward.experts.down_proj": "transposed=True",
+        },
+        {
+            "model.embed_tokens.weight",
+            "model.layers.#.feed_forward.router.weight",
+            "lm_head.weight",
+        },
+    ),
+    Family(
+        "DeepSeek-V3",
+        "mixture of experts",
+        "transformers",
+        lambda t: small(
+            t,
+            "DeepseekV3Config",
+            "DeepseekV3ForCausalLM",
+            **TINY,
+            moe_intermediate_size=24,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=12,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        ),
+        {
+            "model.layers.#.self_attn.{q_a_proj,q_b_proj,o_proj}.weight": "",
+            "model.layers.#.mlp.{gate_proj,up_proj,down_proj}.weight": "",
+            "model.layers.#.mlp.experts.down_proj": "",
+            "model.layers.#.mlp.shared_experts.{gate_proj,up_proj,down_proj}.weight": "",
+            "model.layers.#.self_attn.kv_a_proj_with_mqa.weight": "split_sizes=(12,4)",
+            "model.layers.#.self_attn.kv_b_proj.weight": "split_sizes=(8,8), interleaved=4",
+            "model.layers.#.mlp.experts.gate_up_proj": "split_sizes=(24,24)",
+        },
+        {
+            "model.embed_tokens.weight",
+            "model.layers.#.mlp.gate.weight",
+            "lm_head.weight",
+        },
+    ),
+    Family(
+        "DBRX",
+        "mixture of experts",
+        "transformers",
+        lambda t: small(
+            t,
+            "DbrxConfig",
+            "DbrxForCausalLM",
+            vocab_size=96,
+            d_model=32,
+            n_layers=2,
+            n_heads=4,
+            max_seq_len=64,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            ffn_config={"ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        ),
+        {
+            "transformer.blocks.#.norm_attn_norm.attn.Wqkv.weight": "split_sizes=(32,16,16)",
+            "transformer.blocks.#.norm_attn_norm.attn.out_proj.weight": "",
+            "transformer.blocks.#.ffn.experts.mlp.{w1,v1}": "split_sizes=(80,80,80,80)",
+        },
+        {
+            "transformer.wte.weight",
+            "transformer.blocks.#.ffn.router.layer.weight",
+            "transformer.blocks.#.ffn.experts.mlp.w2",
+            "lm_head.weight",
+        },
+    ),
+    Family(
+        "Mamba",
+        "state space",
+        "transformers",
+        lambda t: small(
+            t, "MambaConfig", "MambaForCausalLM", vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=8
+        ),
+        {
+            "backbone.layers.#.mixer.in_proj.weight": "split_sizes=(64,64)",
+            "backbone.layers.#.mixer.x_proj.weight": "split_sizes=(2,8,8)",
+            "backbone.layers.#.mixer.{dt_proj,out_proj}.weight": "",
+        },
+        {
+            "backbone.embeddings.weight",
+            "backbone.layers.#.mixer.A_log",
+            "backbone.layers.#.mixer.conv1d.weight",
+        },
+    ),
+    Family(
+        "Mamba-2",
+        "state space",
+        "transformers",
+        lambda t: small(
+            t,
+            "Mamba2Config",
+            "Mamba2ForCausalLM",
+            vocab_size=96,
+            hidden_size=32,
+            num_hidden_layers=2,
+            state_size=8,
+            num_heads=8,
+            head_dim=8,
+            n_groups=2,
+        ),
+        {
+            "backbone.layers.#.mixer.in_proj.weight": "split_sizes=(64,64,16,16,8)",
+            "backbone.layers.#.mixer.out_proj.weight": "",
+        },
+        {
+            "backbone.embeddings.weight",
+            "backbone.layers.#.mixer.conv1d.weight",
+            "lm_head.weight",
+        },
+    ),
+    Family(
+        "Qwen3-Next",
+        "state space",
+        "transformers",
+        lambda t: small(
+            t,
+            "Qwen3NextConfig",
+            "Qwen3NextForCausalLM",
+            **{**MOE, "num_hidden_layers": 4},
+            head_dim=8,
+            shared_expert_intermediate_size=24,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        ),
+        {
+            "model.layers.#.linear_attn.in_proj_qkvz.weight": "split_sizes=(8,8,16,16), interleaved=2",
+            "model.layers.#.linear_attn.{in_proj_ba,out_proj}.weight": "",
+            "model.layers.#.mlp.experts.down_proj": "",
+            "model.layers.#.mlp.shared_expert.{gate_proj,up_proj,down_proj}.weight": "",
+            "model.layers.#.self_attn.{k_proj,v_proj,o_proj}.weight": "",
+            "model.layers.#.mlp.experts.gate_up_proj": "split_sizes=(24,24)",
+            "model.layers.#.self_attn.q_proj.weight": "split_sizes=(8,8), interleaved=4",
+        },
+        {
+            "model.embed_tokens.weight",
+            "model.layers.#.linear_attn.conv1d.weight",
+            "model.layers.#.mlp.gate.weight",
+            "lm_head.weight",
+        },
+    ),
+]
