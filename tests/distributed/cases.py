@@ -382,7 +382,10 @@ def options_in_both(options: dict[str, Any]) -> tuple[float, list[Any], list[Any
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 24))
         layout(model)
-        o = build(orthdion.param_groups(model), {"lr": 0.02, "weight_decay": 0.01, **options})
+        o = build(
+            orthdion.param_groups(model, overrides={"*.weight": "matrix"}),
+            {"lr": 0.02, "weight_decay": 0.01, **options},
+        )
         for k in range(3):
             o.zero_grad()
             model(randn(8, 24, seed=k, dtype=torch.float32)).square().mean().backward()

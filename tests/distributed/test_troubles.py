@@ -49,7 +49,6 @@ def test_what_cannot_be_handled_is_refused_by_name(world):
         ("ValueError", "same ranks"),
         ("ValueError", "outer_shard_mesh"),
         ("NotImplementedError", "convolution"),
-        ("NotImplementedError", "3 blocks"),
         ("TypeError", "DistributedDataParallel"),
         ("TypeError", "state_dict"),
         ("TypeError", "replicate_mesh_grad_sync"),

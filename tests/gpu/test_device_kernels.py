@@ -172,7 +172,9 @@ def test_formats_round_as_torch_does(dtype):
 
     formed(x, there)
     formed(there, back)
-    assert torch.equal(torch.nan_to_num(there.float(), nan=7.0), torch.nan_to_num(x.to(dtype).float(), nan=7.0))
+    # What is beyond IEEE half's range becomes its largest number: an infinite state would stop its matrix for ever.
+    within = x.clamp(-65504.0, 65504.0) if dtype == torch.float16 else x
+    assert torch.equal(torch.nan_to_num(there.float(), nan=7.0), torch.nan_to_num(within.to(dtype).float(), nan=7.0))
     assert torch.equal(torch.nan_to_num(back, nan=7.0), torch.nan_to_num(there.float(), nan=7.0))
 
 
