@@ -355,7 +355,8 @@ def test_threads_that_skip_a_barrier_are_reported():
         triangles(ShimDevice(change=change), torch.eye(5).double()[None], 0.0)
 
 
-@pytest.mark.parametrize("much", ["one", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("much", ["one", "all"])
 def test_the_address_sanitizer_finds_nothing_in_whole_steps(much):
     found = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(found):
