@@ -576,14 +576,14 @@ def test_torchs_attention_is_split_whatever_its_widths():
 
 
 def test_thousands_of_experts_are_routed_in_no_time():
-    expert = lambda: nn.ModuleDict({n: nn.Linear(4, 4, bias=False, device="meta") for n in ("w1", "w2", "w3")})  # noqa: E731
+    def expert():
+        return nn.ModuleDict({n: nn.Linear(4, 4, bias=False, device="meta") for n in ("w1", "w2", "w3")})
+
     layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList(expert() for _ in range(100))}) for _ in range(60))
     m = nn.ModuleDict({"embed": nn.Embedding(8, 4), "layers": layers, "output": nn.Linear(4, 8)})
     start = time.process_time()
     groups = orthdion.param_groups(m)
-    assert (
-        time.process_time() - start < 5.0
-    )  # about half a second on an idle core; a scan of all for each takes minutes
+    assert time.process_time() - start < 5.0  # some 1.5 s on a busy core; a scan of all for each takes minutes
     assert len(groups.decisions) == 18_003
 
 
