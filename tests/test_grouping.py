@@ -325,6 +325,35 @@ def test_the_models_own_word_on_its_head_counts_first():
     assert routed(Broken(), "body.weight") == ["matrix"]
 
 
+def test_the_output_of_a_head_that_reads_what_it_makes_is_its_last_layer():
+    final = nn.ModuleDict({"modulation": nn.Linear(16, 32), "proj": nn.Linear(16, 4)})
+    blocks = nn.ModuleList(nn.ModuleDict({"ada": nn.Linear(16, 48), "fc": nn.Linear(16, 16)}) for _ in range(2))
+    head = nn.Module()
+    head.noise, head.layers, head.final_layer = nn.Linear(4, 16), blocks, final
+    m = stage(flow_head=head)
+    assert routed(m, "final_layer.proj.weight") == ["adamw"]
+    assert routed(m, "modulation.weight") == routed(m, "noise.weight") == ["matrix"]
+    assert set(routed(m, "ada.weight")) == {"matrix"}
+    pyramid = nn.Module()  # a head of segmentation, whose last layer comes before its classifier
+    pyramid.lateral, pyramid.classifier = nn.ModuleList([nn.Conv2d(8, 16, 1)]), nn.Conv2d(16, 5, 1)
+    pyramid.bottleneck = nn.Conv2d(32, 8, 3)
+    assert routed(stage(decode_head=pyramid), "bottleneck.weight") == ["matrix"]
+    assert routed(stage(decode_head=pyramid), "classifier.weight") == ["adamw"]
+
+
+def test_a_model_without_a_base_has_its_classes_in_its_last_layer():
+    class NetForImageClassification(nn.Module):
+        base_model_prefix = "net"
+
+        def __init__(self):
+            super().__init__()
+            self.config = Config(num_labels=2)
+            self.first, self.pairs, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    assert routed(NetForImageClassification(), "fc.weight") == ["adamw"]
+    assert routed(NetForImageClassification(), "pairs.weight") == ["matrix"]
+
+
 # ------------------------------------------------------------------ tables, parametrizations, stacks
 
 

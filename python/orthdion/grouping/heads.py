@@ -24,7 +24,7 @@ _STRONG = re.compile(
     r"heads?|head_dist|(aux(iliary)?_)?classifiers?|classif|cls_classifier|scores?|\w*logits?|to_logits|logits_proj|"
     r"logit_out|qa_outputs|class_labels_classifier|class_(embed|predictor)|(\w+_)?bbox_(embed|predictor)|cls_score|"
     r"bbox_(pred|reg)|bbox_ctrness|last_linear|predictions|seq_relationship|to_classes|output_projection\w*|predict_\w+|"
-    r"reference_points|ctc_proj|head_linear|decoder_dict"
+    r"reference_points|ctc_proj|head_linear|decoder_dict|decoder_pred"
 )
 #: Heads of some task, which may be blocks with features for an output.
 _TASK = re.compile(r"(?!\w*(query|pos_|point|feature|scale|project|order|dense))\w+_heads?")
@@ -63,6 +63,9 @@ def _claims(survey: Survey) -> Iterator[tuple[str, list[nn.Module]]]:
             yield why, _outputs(place.module, not survey.speakers)
     for place in survey.speakers:
         labels = _labels(place.module)
+        pixels = place.module._modules.get("decoder")
+        if kind_of(place.module).endswith("ForMaskedImageModeling") and isinstance(pixels, nn.Sequential):
+            yield "it makes the pixels of a masked image", _layers(pixels)[-1:]
         if labels:
             last = [m for m in _outside_base(place) if _rows(m) in (labels, labels + 1)]
             yield f"it has config.num_labels={labels} rows", last
@@ -79,7 +82,8 @@ def _outputs(module: nn.Module, certain: bool) -> list[nn.Module]:
     """The output layers of a head.
 
     Itself; those of each in a list of heads side by side; else the last of its layers whose rows none reads, and those
-    of as many rows. If all are read, there is none, as in a pooling head; or it is the last layer, if ``certain``.
+    of as many rows. If all are read, there is none, as in a pooling head; or it is the last layer, if ``certain``. A
+    head that is a network and reads what it makes, as one of diffusion, ends with its last layer.
     """
     if _is_layer(module):
         return [module]
@@ -89,6 +93,9 @@ def _outputs(module: nn.Module, certain: bool) -> list[nn.Module]:
         if not chain:
             return [m for child in each for m in _outputs(child, certain)]
     layers = _layers(module)
+    deep = any(isinstance(m, nn.ModuleList) for m in module.children()) and all(map(is_linear, layers))
+    if deep and _rows(layers[-1]) == width_in(layers[0]) != width_in(layers[-1]):
+        return layers[-1:]
     read = {width_in(m) for m in layers}
     unread = [m for m in layers if _rows(m) not in read]
     if not unread:
@@ -97,8 +104,10 @@ def _outputs(module: nn.Module, certain: bool) -> list[nn.Module]:
 
 
 def _outside_base(place: Place) -> list[nn.Module]:
-    """Layers of a model that are no part of the base model which it says that it has."""
+    """Layers of a model that are no part of the base model which it says that it has; without one, its last layer."""
     base = getattr(place.module, said(place.module, "base_model_prefix") or "-", None)
+    if base is None:
+        return _layers(place.module)[-1:]
     if not isinstance(base, nn.Module) or base is place.module:
         return []
     inside = {id(m) for m in base.modules()}
