@@ -8,9 +8,11 @@ import re
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from families import FAMILIES
 
 import orthdion
+from orthdion.core.fold import SHAPE_KEYS, Fold
 
 #: The least part of the hidden layers' weights that is stepped as matrices.
 SHARES = {"DBRX": 0.65, "EnCodec": 0.85, "DAC": 0.85}  # (in, out) below each other; transposed convolutions
@@ -94,6 +96,10 @@ ONCE_WRONG = {
     "transformers SwiftFormerForImageClassification": ["head.weight", "dist_head.weight"],
     "transformers SamVisionModel": ["rel_pos_h", "rel_pos_w"],
     "transformers PerceiverForMaskedLM": ["embeddings.latents"],
+    "transformers HGNetV2ForImageClassification": ["fc.weight"],
+    "transformers ViTMAEForPreTraining": ["decoder.decoder_pred.weight"],
+    "transformers ViTForMaskedImageModeling": ["decoder.0.weight"],
+    "transformers SwinForMaskedImageModeling": ["decoder.0.weight"],
 }
 
 
@@ -114,6 +120,42 @@ def test_heads_and_tables_that_were_once_stepped_as_matrices(model):
         assert found and all(d.settings["algorithm"] == "adamw" for d in found), (end, found[:1])
     matrices = [d for d in decisions if d.settings.get("algorithm") == "matrix"]
     assert sum(math.prod(d.shape) for d in matrices) > 0.4 * sum(math.prod(d.shape) for d in decisions)
+
+
+FUSED = ["GPT-2", "Phi-3", "GPT-NeoX", "BLOOM", "Falcon", "GPT-BigCode", "MPT", "ModernBERT"]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_last_part_of_fused_weights_is_what_computes_the_values(name, monkeypatch):
+    need("transformers")
+
+    def attend(q, k, v, *args, attend=F.scaled_dot_product_attention, **kwargs):
+        return attend(q.detach(), k.detach(), v, *args, **kwargs)
+
+    def weights(x, dim=-1, softmax=torch.softmax, **kwargs):
+        return softmax(x, dim).detach()
+
+    # Where the weights of attention are constants, only the rows of values have a gradient.
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(F, "softmax", weights)
+    monkeypatch.setattr(torch, "softmax", weights)
+    (family,) = [f for f in FAMILIES if f.name == name]
+    torch.manual_seed(0)
+    model = family.build(importlib.import_module(family.library)).float().eval()
+    out = model(input_ids=torch.arange(5)[None] + 3).logits
+    (out * torch.randn(out.shape)).sum().backward()
+    seen = 0
+    for d in orthdion.param_groups(model).decisions:
+        if "QKV" not in d.reason:
+            continue
+        group = {**SHAPE_KEYS, **{k: v for k, v in d.settings.items() if k in SHAPE_KEYS}}
+        fold, grad = Fold.of(torch.Size(d.shape), group), model.get_parameter(d.name).grad
+        upright = grad.T if fold.transposed else grad
+        parts = [fold.part(upright, k, (0, fold.rows), None) for k in range(fold.parts)]
+        assert len(parts) == 3 and parts[2].norm(dim=1).min() > 0, d
+        assert all(part.abs().max() == 0 for part in parts[:2]), d
+        seen += 1
+    assert seen
 
 
 @pytest.mark.slow
