@@ -1,4 +1,5 @@
-# make demo · make test · make test-all · make bench · make bench-rust · make gpu-check · make soak · make lint · make wheel. Each sets up what it needs in .venv.
+# make demo · make test · make test-all · make lint · make bench · make bench-rust · make gpu-check · make soak
+# make wheel. Each sets up what it needs in .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -29,7 +30,7 @@ lint: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m benches
 
-# Endurance: make soak MINUTES=60. Runs are killed, resumed and laid out anew; at the end they are held to undisturbed ones.
+# Endurance: make soak MINUTES=60. Runs are killed, resumed and laid out anew, and held to undisturbed ones at the end.
 MINUTES ?= 5
 soak: $(VENV)/built
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES)
@@ -38,7 +39,8 @@ soak: $(VENV)/built
 bench-rust:
 	cargo bench --manifest-path benches/micro/Cargo.toml
 
-# On a machine with a GPU: needs $(PYTHON) with torch and cupy, neither Rust nor a virtual environment; gives itself 7.5 minutes.
+# On a machine with a GPU: needs $(PYTHON) with torch and cupy, neither Rust nor a virtual environment;
+# gives itself 7.5 minutes.
 gpu-check:
 	PYTHONPATH=python $(PYTHON) -m benches.gpu
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
-
-# Candidates alternate. Threads of torch that go on spinning after their operation would hold the cores of the next one.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import typer

@@ -225,7 +225,10 @@ portable!(f64, 2);
 /// One `impl Simd` from a family of intrinsics.
 #[allow(unused_macros)]
 macro_rules! intrinsics {
-    ($level:ident, $t:ty, $v:ty, $n:literal, $zero:expr, $splat:ident, $load:ident, $store:ident, |$a:ident, $b:ident, $c:ident| $fma:expr) => {
+    (
+        $level:ident, $t:ty, $v:ty, $n:literal, $zero:expr, $splat:ident, $load:ident, $store:ident,
+        |$a:ident, $b:ident, $c:ident| $fma:expr
+    ) => {
         impl Simd<$t> for $level {
             type V = $v;
             const LANES: usize = $n;

@@ -156,6 +156,31 @@ def test_a_signal_within_a_step_comes_after_it(monkeypatch, number):
     )
 
 
+def test_every_signal_that_waited_is_handled_though_the_first_raises():
+    from orthdion.core.held import Held
+
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("terminate"))
+    try:
+        with pytest.raises(KeyboardInterrupt), Held():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not seen
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == ["terminate"]
+
+
+def test_gradients_in_one_storage_with_their_weights_are_no_overlap():
+    """As flat buffers have it; and another error of the core keeps its own words."""
+    flat = torch.randn(96)
+    p = nn.Parameter(flat[:48].view(6, 8))
+    p.grad = flat[48:].view(6, 8)
+    o = orthdion.OrthDion([p])
+    o.step()
+    o._check_gradients_overlap()
+
+
 def test_a_second_interrupt_gets_through():
     from orthdion.core.held import Held
 
@@ -198,6 +223,7 @@ def test_meta_and_fake_parameters_are_stepped_without_a_word(name):
     o = orthdion.create(name, [p])
     p.grad = torch.empty(6, 8, device="meta")
     o.step()
+    assert (o.state[p]["momentum"].device, o.param_groups[0]["step"]) == (torch.device("meta"), 1)
     with FakeTensorMode():
         model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8))
         o = orthdion.create(name, model)
@@ -248,7 +274,10 @@ def test_a_gradient_that_is_the_weight_is_refused_by_name(name):
     o = orthdion.create(name, [{"params": [p], "param_names": ["inner.weight"]}], backend="rust")
     p.grad = p.detach()
     if name in ("muon", "normuon", "dion2"):  # plain torch reads before it writes
+        other = parameter(p.detach().clone(), p.detach().clone())
+        orthdion.create(name, [other], backend="rust").step()
         o.step()
+        assert torch.equal(p.detach(), other.detach())
         return
     with pytest.raises(ValueError, match=r"inner\.weight .*shares memory.*clone"):
         o.step()
@@ -305,7 +334,7 @@ def test_options_on_a_device_other_than_learning_rates_are_refused():
 def test_a_fallback_to_plain_torch_is_told_once(monkeypatch):
     from orthdion.core import groups
 
-    monkeypatch.setattr(groups, "choose", lambda *_: ("torch", "torch: any tensor; CuPy is not installed"))
+    monkeypatch.setattr(groups, "passed_over", lambda *_: ["CuPy is not installed"])
     with pytest.warns(UserWarning, match="CuPy is not installed") as told:
         orthdion.OrthDion([parameter(randn(6, 8)), parameter(randn(6, 8))])
     assert len(told) == 1

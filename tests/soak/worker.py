@@ -65,11 +65,13 @@ def leg(rank: int, told: Leg, store: str, step: Any, pipe: Any) -> None:
 def _run(rank: int, told: Leg, spread: Parallel, step: Any) -> dict[str, Any]:
     memory: list[tuple[int, int]] = []
     models: list[nn.Module] = []
-    plain = loop._gradients
+    plain, plain_build = loop._gradients, loop.build
+
+    def build(model: nn.Module, config: TrainConfig) -> Any:
+        models.append(model)
+        return plain_build(model, config)
 
     def gradients(model: nn.Module, corpus: Any, config: TrainConfig, k: int, parallel: Parallel) -> float:
-        if not models:
-            models.append(model)
         if rank == told.slow and random.random() < 0.1:
             time.sleep(random.uniform(0.1, 0.6))
         loss = plain(model, corpus, config, k, parallel)
@@ -81,7 +83,7 @@ def _run(rank: int, told: Leg, spread: Parallel, step: Any) -> dict[str, Any]:
         if done % max(1, told.config.steps // 30) == 0:
             memory.append((done, _resident()))
 
-    loop._gradients = gradients
+    loop._gradients, loop.build = gradients, build
     loop.loss_of = _loss
     corpus = data.load(TEXT, told.config.context)
     result = loop.train(
@@ -93,7 +95,7 @@ def _run(rank: int, told: Leg, spread: Parallel, step: Any) -> dict[str, Any]:
         parallel=spread,
         progress=progress,
     )
-    weights = [_whole(p) for p in models[0].parameters()] if models else []
+    weights = [_whole(p) for p in models[0].parameters()]
     return {"weights": weights, "history": result.history, "skipped": result.skipped, "memory": memory}
 
 

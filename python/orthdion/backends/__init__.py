@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from .base import Backend, Entry, choose, entries, get, register
+from .base import Backend, Entry, choose, entries, get, passed_over, register
 
-__all__ = ["Backend", "Entry", "choose", "entries", "get", "register", "rust_core_error"]
+__all__ = ["Backend", "Entry", "choose", "entries", "get", "passed_over", "register", "rust_core_error"]
 
 _RUST_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUPY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -106,11 +106,23 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
         if why_not is not None:
             raise ValueError(f"backend={name!r} cannot serve these parameters: {why_not}; use backend='auto'")
         return name, entry.serves
+    found, reasons = _search(device, dtype)
+    if found is None:
+        raise ValueError(f"no backend serves {dtype} on {device}: {'; '.join(reasons)}")
+    return found.name, "; ".join([found.serves, *reasons])
+
+
+def passed_over(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why backends that are made for this device do not serve it, where another one does."""
+    return _search(device, dtype)[1]
+
+
+def _search(device: torch.device, dtype: torch.dtype) -> tuple[Entry | None, list[str]]:
     reasons: list[str] = []
     for entry in reversed(_ENTRIES.values()):
         if entry.devices is None or device.type in entry.devices:
             why_not = entry.why_not(device, dtype)
             if why_not is None:
-                return entry.name, "; ".join([entry.serves, *reasons])
+                return entry, reasons
             reasons.append(why_not)
-    raise ValueError(f"no backend serves {dtype} on {device}: {'; '.join(reasons)}")
+    return None, reasons

@@ -7,6 +7,7 @@ small matrix. It is made anew when a tensor has been replaced, or lies elsewhere
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -21,7 +22,7 @@ from .fold import Copies, Fold, as_matrix, is_view, write_back
 from .rule import Rule
 from .states import Sides, base_name, stored
 
-__all__ = ["Entry", "StateError", "flat"]
+__all__ = ["Entry", "StateError", "flat", "has_no_data"]
 
 
 class StateError(ValueError):
@@ -49,8 +50,8 @@ class Entry:
     #: Which backend serves it, on which device.
     where: tuple[str, torch.device] | None = None
     _key: tuple[Any, ...] = ()
-    #: How many states there were when they were last found to fit.
-    _checked: int = -1
+    #: The shape, and the identities of the states, that were last found to fit.
+    _fits: tuple[Any, ...] = ()
     #: Its states, and where they lie.
     _states: tuple[tuple[str, Tensor, int], ...] = ()
     #: Of each part: whether what is processed is the transpose of the upright matrix.
@@ -104,9 +105,9 @@ class Entry:
         p, fold = self.p, self.fold
         if fold is not None and tuple(p.shape) != fold.shape:
             raise StateError(f"its shape is {tuple(p.shape)} now, but its states were made for {fold.shape}")
-        if self.placed.mesh is not None and self._checked == len(state):
-            return  # a sharded parameter is looked at anew at each step
-        self._checked = len(state)
+        now = (p.shape, *map(id, state.values()))
+        if now == self._fits:
+            return  # what is sharded, or has been copied, is looked at anew at each step
         sides = Sides((), ()) if fold is None else Sides.read_off(fold, rule, state)
         for key, kept in stored(fold, rule, sides, None).items():
             if key not in state:
@@ -116,6 +117,7 @@ class Entry:
             need = p.shape if fold is None and kept.state.axes else kept.shape
             if state[key].shape != need:
                 raise StateError(f"its state {key!r} has shape {tuple(state[key].shape)}, not {tuple(need)}")
+        self._fits = now
 
     def _follow(self, state: dict[str, Tensor], deferred: bool) -> None:
         """Moves the states to where the model has been moved since they were made."""
@@ -242,6 +244,12 @@ def _side_by_side(parts: set[tuple[tuple[int, int], ...]]) -> dict[tuple[tuple[i
     order = sorted(parts)
     ends = list(accumulate(math.prod(b - a for a, b in part) for part in order))
     return dict(zip(order, zip([0, *ends], ends, strict=False), strict=True))
+
+
+def has_no_data(p: Tensor) -> bool:
+    """Whether it holds no numbers: on the "meta" device, or fake."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return p.is_meta or (fake is not None and isinstance(p, fake.FakeTensor))
 
 
 def flat(tensors: list[Tensor]) -> list[Tensor] | None:

@@ -199,7 +199,7 @@ def _fold(
     return Fold(shape, stacked, transposed, pieces, interleaved)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)  # each keeps its index on the device
 def _rows_of(fold: Fold, k: int, span: Span, device: torch.device) -> Tensor:
     """Where the rows of part ``k`` lie among those of ``span``, counted from its start."""
     rows = torch.arange(fold.before(k, span[0]), fold.before(k, span[1]), device=device)

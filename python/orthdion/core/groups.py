@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from dataclasses import fields, replace
 from typing import Any, Literal, cast
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..backends import choose, rust_core_error
+from ..backends import choose, passed_over, rust_core_error
 from ..distributed import Placed, local, place
 from . import gradients, states
-from .entries import Entry
+from .entries import Entry, has_no_data
 from .fold import SHAPE_KEYS, Fold, as_matrix, check_shape_keys, is_view
 from .options import names_of, options_of, refuse_unknown, unpack_betas
 from .registry import find, register, rules
@@ -145,12 +144,14 @@ class Groups(SavedOptimizer):
 
     def _warn_of_a_fallback(self, p: Tensor) -> None:
         """Once for each device, where the backend that is made for it cannot serve."""
-        name, reason = choose(self._backend, p.device, p.dtype)
-        if self._backend == "auto" and name == "torch" and ";" in reason and p.device.type not in self._warned:
+        name, _ = choose(self._backend, p.device, p.dtype)  # refuses what nobody serves
+        if self._backend != "auto" or p.device.type in self._warned:
+            return
+        if why := passed_over(p.device, p.dtype):
             self._warned.add(p.device.type)
             warnings.warn(
-                f"{self._name(p)} on {p.device} is stepped by plain torch, which is slower: "
-                f"{reason.partition('; ')[2]}. backend='torch' says that this is meant",
+                f"{self._name(p)} on {p.device} is stepped by {name}, which is slower: {'; '.join(why)}. "
+                f"backend={name!r} says that this is meant",
                 stacklevel=7,
             )
 
@@ -229,28 +230,27 @@ class Groups(SavedOptimizer):
 
     def _check_overlap(self) -> None:
         """Refuses parameters that share memory: one step would write over the other's."""
-        from ..backends.table import operands
-
-        if rust_core_error() is not None:
-            return
-        from .. import _core
-
-        views, names = [], []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if is_lazy(p) or has_no_data(p):
-                    continue
-                here = local(p.detach())
-                if here.device.type == "cpu" and here.ndim > 0 and here.numel():
-                    matrix = here[None] if here.ndim == 1 else as_matrix(here, here)
-                    if is_view(matrix, here):
-                        views.append(matrix)
-                        names.append(p)
-        if (pair := _core.overlap(operands(*views)) if views else None) is not None:
-            a, b = (self._name(names[i]) for i in pair)
+        params = [p for g in self.param_groups for p in g["params"] if not (is_lazy(p) or has_no_data(p))]
+        if (pair := _overlap(params)) is not None:
+            a, b = map(self._name, pair)
             raise ValueError(
                 f"parameters {a} and {b} share memory; give the optimizer one of them, or the whole tensor"
             )
+
+    def _check_gradients_overlap(self) -> None:
+        """Refuses a gradient that is its own weight or state, by name.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                others = [t for t in self.state[p].values() if isinstance(t, Tensor)]
+                if p.grad is not None and any(_overlap([p.grad, t]) for t in (p, *others)):
+                    raise ValueError(
+                        f"the gradient of {self._name(p)} shares memory with the parameter or one of its states; give "
+                        "it memory of its own: p.grad = p.grad.clone()"
+                    )
 
     # ------------------------------------------------------------------ options, as they are now
 
@@ -323,16 +323,24 @@ class Groups(SavedOptimizer):
                 )
 
 
-def has_no_data(p: Tensor) -> bool:
-    """Whether it holds no numbers: on the "meta" device, or fake."""
-    fake = sys.modules.get("torch._subclasses.fake_tensor")
-    return p.is_meta or (fake is not None and isinstance(p, fake.FakeTensor))
+def _overlap(tensors: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Two CPU tensors of which one's entries are the other's; None if there are none, or no core to find them."""
+    from ..backends.table import operands
 
+    if rust_core_error() is not None:
+        return None
+    from .. import _core
 
-def shares_memory(t: Tensor, others: list[Any]) -> bool:
-    """Whether a tensor's storage is that of one of the others."""
-    address = local(t).untyped_storage().data_ptr()
-    return any(isinstance(o, Tensor) and local(o).untyped_storage().data_ptr() == address for o in others)
+    views, owners = [], []
+    for t in tensors:
+        here = local(t.detach())
+        if here.device.type == "cpu" and here.ndim > 0 and here.numel():
+            matrix = here[None] if here.ndim == 1 else as_matrix(here, here)
+            if is_view(matrix, here):
+                views.append(matrix)
+                owners.append(t)
+    pair = _core.overlap(operands(*views)) if views else None
+    return None if pair is None else (owners[pair[0]], owners[pair[1]])
 
 
 def _apart_from_rates(rule: Rule) -> Rule:

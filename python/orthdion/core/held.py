@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -46,5 +47,6 @@ class Held:
     ) -> None:
         if self._handlers:
             self._restore()
-            for number, frame in self._waiting:
-                self._handlers[number](number, frame)
+            with ExitStack() as every:  # one that raises does not keep the next from running
+                for number, frame in reversed(self._waiting):
+                    every.callback(self._handlers[number], number, frame)

@@ -18,9 +18,9 @@ from ..backends import choose, get
 from ..distributed import Meshes, Replicas, Traffic, local
 from ..requests import Body, Layout, Precision, Report
 from . import gradients
-from .entries import Entry, StateError
+from .entries import Entry, StateError, has_no_data
 from .fold import Copies
-from .groups import Groups, has_no_data, shares_memory
+from .groups import Groups
 from .held import Held
 from .options import check_number
 from .rule import Rule
@@ -180,20 +180,10 @@ class MatrixOptimizer(Groups):
         for part in work.values():
             try:
                 part.run(self._comm, self._skips, self._done)
-            except ValueError as e:
-                self._explain(e)
+            except ValueError:
+                self._check_gradients_overlap()
                 raise
         copies.write_back()
-
-    def _explain(self, error: ValueError) -> None:
-        """Names the parameter whose gradient is its own weight or state, if that is what the core has refused."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and shares_memory(p.grad, [p, *self.state[p].values()]):
-                    raise ValueError(
-                        f"the gradient of {self._name(p)} shares memory with the parameter or one of its states; give "
-                        "it memory of its own: p.grad = p.grad.clone()"
-                    ) from error
 
     def _whereabouts(self, entry: Entry) -> tuple[str, torch.device]:
         """Which backend serves a parameter, and where it lies; kept as long as it lies there."""
