@@ -1,5 +1,6 @@
 """The main job, as a user runs it: specs, kills, damaged files, wrong arguments."""
 
+import io
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from orthdion.train import data as corpora
 from orthdion.train.compare import best
 from orthdion.train.config import PRESETS, learning_rate
 from orthdion.train.gpt import GPT
+from orthdion.train.loop import Result
 from orthdion.train.specs import averages_factors, build, split_specs
 
 TINY = TrainConfig(
@@ -430,3 +432,15 @@ def test_a_sweep_with_a_mistake_stops_before_the_first_run(tmp_path, text):
     with pytest.raises(ValueError, match="lr must be"):
         compare(TINY, ["adamw"], [0.01, float("nan")], path=text, out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_table_of_a_comparison_has_every_figure_whole_in_a_narrow_terminal(monkeypatch):
+    from rich.console import Console
+
+    narrow = Console(width=80, record=True, file=io.StringIO())
+    monkeypatch.setattr(cli, "console", narrow)
+    spec = "torch.optim:Muon:matrices_only=true"
+    result = Result(TINY.with_(optimizer=spec), 0.0025, 1.5, 1.41234, 19442.0, 240.401, 1.73, 0, [], [])
+    cli._print([result])
+    text = narrow.export_text()
+    assert all(figure in text for figure in ("0.0025", "1.4123", "19,442", "240.40", "1.73")), text

@@ -136,7 +136,10 @@ def _print(results: list[Result]) -> None:
     title = "validation loss in nats a byte; ms/step is the optimizer's part"
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for name in names:
-        table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=name == "optimizer")
+        if name == "optimizer":  # in a narrow terminal a long spec is folded, never a figure cut short
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     lowest = min((r.validation_loss for r in results if math.isfinite(r.validation_loss)), default=None)
     for r in results:
         style = "bold" if r.validation_loss == lowest else None
