@@ -70,7 +70,7 @@ def states_of(o, p, case):
     """Each part's states, cut from the fused parameter's as the docs say that they lie."""
     shape, keys, cut = CASES[case]
     fold = Fold.of(torch.Size(shape), {**SHAPE_KEYS, **keys})
-    entry = o._entry(p, o.param_groups[0])
+    entry = o._entries[id(p)]
     g = torch.zeros_like(p)
     made = entry.matrices(g, o.state[p], o._rules()[id(o.param_groups[0])], entry.layout, Copies(), False)
     assert len(made) == fold.count == len(cut(p.detach()))

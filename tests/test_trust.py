@@ -332,12 +332,12 @@ def test_options_on_a_device_other_than_learning_rates_are_refused():
 
 
 def test_a_fallback_to_plain_torch_is_told_once(monkeypatch):
-    from orthdion.core import groups
+    from orthdion.core import members
 
-    monkeypatch.setattr(groups, "passed_over", lambda *_: ["CuPy is not installed"])
+    monkeypatch.setattr(members, "passed_over", lambda *_: ["CuPy is not installed"])
     with pytest.warns(UserWarning, match="CuPy is not installed") as told:
         orthdion.OrthDion([parameter(randn(6, 8)), parameter(randn(6, 8))])
-    assert len(told) == 1
+    assert len(told) == 1 and told[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         orthdion.OrthDion([parameter(randn(6, 8))], backend="torch")

@@ -128,3 +128,23 @@ def states_along_rows() -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
             v = o.state[p]["variance"]
             found.append((name, tuple(v.shape), tuple(v.to_local().shape)))
     return found
+
+
+def swapped(name: str, saves_first: bool) -> tuple[float, bool]:
+    """Error of a run whose parameters were sharded after its optimizer was built, as ``accelerate`` does under FSDP2,
+    and whether nothing is kept of what they were.
+    """
+    whole, spread = model(False), model(True)
+    o = optimizer(whole, name)
+    new = dict(zip(map(id, whole.parameters()), spread.parameters(), strict=True))
+    for group in o.param_groups:
+        group["params"] = [new[id(p)] for p in group["params"]]
+    if saves_first:
+        o.load_state_dict(o.state_dict())
+    run(spread, o, True, 0, STEPS)
+    alone_model, alone = unbroken(name)
+    worst = max(
+        max(distance(p, q.detach()), state_errors([o.state[p]], [alone.state[q]]))
+        for p, q in zip(spread.parameters(), alone_model.parameters(), strict=True)
+    )
+    return worst, o.state.keys() == set(spread.parameters())

@@ -38,3 +38,11 @@ def test_states_of_one_axis_are_cut_as_that_axis_is(world):
                 assert (kind, whole) == (name, shape), i
                 axes = [d for d, (a, b) in enumerate(zip(whole, here, strict=True)) if a != b]
                 assert here == whole if parts is None else here[axes[0] if axes else 0] == parts[rank], (name, i)
+
+
+@pytest.mark.parametrize("saves_first", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_parameters_may_be_sharded_after_the_optimizer_was_built(world, name, saves_first):
+    for error, clean in world(2).run(saved.swapped, name, saves_first):
+        assert error < 1e-10
+        assert clean

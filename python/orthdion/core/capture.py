@@ -56,6 +56,10 @@ class Skips:
         self._books: dict[torch.device, tuple[list[Tensor], Tensor, Tensor, Tensor]] = {}
         self._warned = False
 
+    def forget(self, p: Tensor) -> None:
+        """Lets go of a parameter that has left; what was counted stays."""
+        self._slots.pop(p, None)
+
     def slot(self, p: Tensor) -> Tensor:
         """An int32 on the parameter's device that a skipped step sets to 1."""
         if p not in self._slots or self._slots[p].device != p.device:

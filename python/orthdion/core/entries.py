@@ -49,6 +49,8 @@ class Entry:
     seen: list[Matrix] | None = None
     #: Which backend serves it, on which device.
     where: tuple[str, torch.device] | None = None
+    #: The rule under which its gradient waits for nobody and is checked by the step itself.
+    direct: Rule | None = None
     _key: tuple[Any, ...] = ()
     #: The shape, and the identities of the states, that were last found to fit.
     _fits: tuple[Any, ...] = ()
@@ -134,7 +136,7 @@ class Entry:
             if state.get(name) is not t or t.data_ptr() != address:
                 return False
         p = self.p
-        return self._key == (p.data_ptr(), p.shape, p.stride(), layout)
+        return self._key == (p.data_ptr(), p.stride(), layout)  # its shape is held to the gradient's
 
     def _look(self, g: Tensor, state: dict[str, Tensor], rule: Rule, layout: Layout, copies: Copies) -> list[Matrix]:
         p, before = self.p, len(copies.made)
@@ -146,7 +148,7 @@ class Entry:
         if self.placed.mesh is None and len(copies.made) == before:
             kept = ((key, t) for key, t in state.items() if base_name(key) in rule.states)
             self._states = tuple((key, t, t.data_ptr()) for key, t in kept)
-            self._key = (p.data_ptr(), p.shape, p.stride(), layout)
+            self._key = (p.data_ptr(), p.stride(), layout)
             self.seen = found
         return found
 

@@ -17,14 +17,12 @@ __all__ = ["FLOATS", "Arrival", "arrive", "check", "gradient", "mean_over", "pow
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check(p: Tensor, name_of: Callable[[Tensor], str]) -> None:
+def check(p: Tensor, g: Tensor, name_of: Callable[[Tensor], str]) -> None:
     """Refuses a gradient that no backend could read; the name is only asked for then.
 
     Raises:
         TypeError: sparse, complex or integer. ValueError: another shape or device than the parameter's.
     """
-    g = p.grad
-    assert g is not None
     if g.layout == torch.strided and g.dtype in FLOATS and g.shape == p.shape and g.device == p.device:
         return
     name = name_of(p)

@@ -20,8 +20,8 @@ from ..requests import Body, Layout, Precision, Report
 from . import gradients
 from .entries import Entry, StateError, has_no_data
 from .fold import Copies
-from .groups import Groups
 from .held import Held
+from .members import Members
 from .options import check_number
 from .rule import Rule
 from .runtime import Runtime
@@ -61,7 +61,7 @@ class Communication:
         return table(["content", "bytes in the last step", f"in {self.steps} steps"], rows)
 
 
-class MatrixOptimizer(Groups):
+class MatrixOptimizer(Members):
     """Steps matrices by a rule, and what is no matrix by the rule that its group names.
 
     Subclasses name their rule: ``class Muon(MatrixOptimizer, rule=MuonRule)``; that gives them constructor keywords and
@@ -144,39 +144,45 @@ class MatrixOptimizer(Groups):
 
     def _advance(self, given: Sequence[Given], rules: dict[int, Rule]) -> None:
         """Steps the parameters whose gradients are given; ``rules`` by the identity of their group."""
-        copies = Copies()
-        work: dict[tuple[str, Any], Work] = {}
+        copies, states = Copies(), self.state
+        work: dict[tuple[str, torch.device], Work] = {}
+        # Parameters of a group come one after the other: what they share is asked for once.
+        here: tuple[str, torch.device] | None = None
+        form: Any = None
+        of: tuple[Rule, bool] | None = None
         for entry, g, at, offset, skip, lost in self._arrived(given, rules):
             p, group = entry.p, entry.group
-            rule, arrived = rules[id(group)], g is not None
-            where = entry.where
-            if where is None or where[1] != p.device:
-                where = self._whereabouts(entry)
-            part = work.get(where)
-            if part is None:
-                part = work[where] = Work(where[0], self._kept.setdefault(where, {}))
-            backend = part.backend
+            rule, state = rules[id(group)], states[p]
+            known, where = entry.lies_as_before(state, at), entry.where
+            if not known or where is None:
+                where = self._settle(entry, rule)
+            if where is not here:
+                here, of = where, None
+                if where not in work:
+                    work[where] = Work(where[0], self._kept.setdefault(where, {}))
+                part = work[where]
+            arrived = g is not None
             if g is None:
                 g = torch.zeros_like(local(p))
-            state = self.state[p]
-            known = entry.lies_as_before(state, at)
-            if not known:
-                self._fit(entry, rule)
-            made = entry.matrices(g, state, rule, at, copies, known, backend.deferred)
-            form = part.form(rule, self._diagnose, self._rounding) if at.trivial and skip is None else None
-            served = form is not None and type(form) in backend.fused
-            rates = self._rates_of(group, p.device) if backend.deferred else None
-            if served and rates is None:
-                part.fused.extend(made)
-                part.forms.extend([form] * len(made) if len(made) > 1 else (form,))
-                part.owners.extend([p] * len(made) if len(made) > 1 else (p,))
+            deferred = part.deferred
+            made = entry.matrices(g, state, rule, at, copies, known, deferred)
+            whole = at.trivial and skip is None
+            if of is None or of[0] is not rule or of[1] is not whole:
+                of = rule, whole
+                form = part.form(rule, self._diagnose, self._rounding) if whole else None
+            if form is not None and not deferred:
+                part.add(made, form, p)
+                continue
+            rates = self._rates_of(group, p.device) if deferred else None
+            precision = Precision.of(p.dtype, self._rounding)
+            for w in made:
+                w.precision, w.arrived, w.offset, w.rates = precision, arrived, offset, rates
+                w.diagnose = self._diagnose
+                w.skip, w.lost = skip, lost
+            if form is not None:
+                part.add(made, form, p)
             else:
-                precision = Precision.of(p.dtype, self._rounding)
-                for w in made:
-                    w.precision, w.arrived, w.offset, w.rates = precision, arrived, offset, rates
-                    w.diagnose = self._diagnose
-                    w.skip, w.lost = skip, lost
-                part.add(served, made, form, rule, p)
+                part.bodies.extend((p, w, rule) for w in made)
         for part in work.values():
             try:
                 part.run(self._comm, self._skips, self._done)
@@ -185,10 +191,14 @@ class MatrixOptimizer(Groups):
                 raise
         copies.write_back()
 
-    def _whereabouts(self, entry: Entry) -> tuple[str, torch.device]:
-        """Which backend serves a parameter, and where it lies; kept as long as it lies there."""
+    def _settle(self, entry: Entry, rule: Rule) -> tuple[str, torch.device]:
+        """What is kept of a parameter for as long as it lies where it does: its states fit, and a backend serves it.
+        Returns which, and where.
+        """
+        self._fit(entry, rule)
         p = entry.p
-        entry.where = (choose(self._backend, p.device, p.dtype)[0], p.device)
+        where = (choose(self._backend, p.device, p.dtype)[0], p.device)
+        entry.where, entry.direct = self._wheres.setdefault(where, where), None
         return entry.where
 
     def _fit(self, entry: Entry, rule: Rule) -> None:
@@ -208,13 +218,16 @@ class MatrixOptimizer(Groups):
                 known, g = entries.get(id(p)), p.grad
                 if g is None and is_lazy(p):
                     continue
-                entry = known if known is not None and known.p is p else self._entry(p, group)
+                if known is None or known.p is not p or known.group is not group:
+                    self._meet()
+                    known = entries[id(p)]
+                entry = known
                 at, offset = entry.layout, after
                 after += entry.bytes  # also where this rank has no gradient: others may, and cut their buckets by it
                 if g is None and at.whole.size == 1:
                     continue
                 if g is not None:
-                    gradients.check(p, self._name)
+                    gradients.check(p, g, self._name)
                     if entry.hollow:
                         if has_no_data(p):
                             continue
@@ -233,20 +246,27 @@ class MatrixOptimizer(Groups):
         bodies: list[Body[gradients.Arrival]] = []
         waiting: list[Given] = []
         for one in given:
-            entry, g, at, *_ = one
+            entry = one.entry
             rule = rules[id(entry.group)]
+            g, at = one.g, one.at
+            here = entry.where
+            if g is not None and here and here[1] == g.device and entry.direct is rule and at is entry.layout:
+                ready.append(one)
+                continue
             if g is None and at.domain.size == 1:
                 continue  # a stack's matrices of this rank, or a replica that steps alone
             alone = at.domain.size == 1
             own = rule.checks_gradient and (at.compressed or at.replicas.size == 1)
             if own or (alone and self._checked_when_fused(entry, rule)):
+                entry.direct = rule if g is not None and alone and at is entry.layout else None
                 ready.append(one)
                 continue
             there = g if g is not None else torch.zeros_like(local(entry.p))
             deferred = alone and entry.p.device.type == "cuda"
             bodies.append(gradients.arrive(there, g is not None, at, deferred))
             waiting.append(one)
-        self._drifted |= any(one.at.compressed for one in ready)
+        if self._spread:
+            self._drifted |= any(one.at.compressed for one in ready)
         if not bodies:
             return ready
         arrivals = Runtime(self._comm).run(bodies, [one.offset for one in waiting])

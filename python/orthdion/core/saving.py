@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,23 @@ from .rule import Rule
 from .runtime import Runtime, one_each
 from .work import Done
 
-__all__ = ["SavedOptimizer"]
+__all__ = ["Member", "SavedOptimizer"]
+
+
+class Member(NamedTuple):
+    """A parameter that is the ``i``-th of group ``k``; ``number`` counts over all groups, and seeds its start."""
+
+    p: Tensor
+    group: dict[str, Any]
+    k: int
+    i: int
+    number: int
+
+    @property
+    def name(self) -> str:
+        """As the model calls it, if the groups say so, and its shape."""
+        names = self.group.get("param_names")
+        return f"{names[self.i] if names else f'group {self.k}, parameter {self.i}'} {_shape(self.p)}"
 
 
 class SavedOptimizer(Optimizer):
@@ -52,6 +68,8 @@ class SavedOptimizer(Optimizer):
         self._resolved: dict[int, Resolved] = {}
         #: Backends' tables, by backend and device.
         self._kept: dict[tuple[str, torch.device], dict[Any, Any]] = {}
+        #: Backends and devices, one object for all parameters that they serve.
+        self._wheres: dict[tuple[str, torch.device], tuple[str, torch.device]] = {}
         #: What the last step did.
         self._done: list[Done] = []
         self._rates = Rates()
@@ -63,17 +81,16 @@ class SavedOptimizer(Optimizer):
         #: Whether replicas' momenta have gone separate ways since they were last averaged.
         self._drifted = False
 
-    def _entry(self, p: Tensor, group: dict[str, Any]) -> Entry:
+    def _meet(self, quiet: bool = False) -> None:
         raise NotImplementedError
 
+    def _members(self) -> list[Member]:
+        """What the groups hold now, in their order."""
+        held = [(p, g, k, i) for k, g in enumerate(self.param_groups) for i, p in enumerate(g["params"])]
+        return [Member(*one, number) for number, one in enumerate(held)]
+
     def _name(self, p: Tensor) -> str:
-        for k, group in enumerate(self.param_groups):
-            for i, candidate in enumerate(group["params"]):
-                if candidate is p:
-                    names = group.get("param_names")
-                    name = names[i] if names else f"group {k}, parameter {i}"
-                    return f"{name} {_shape(p)}"
-        return f"a parameter {_shape(p)}"
+        return next((m.name for m in self._members() if m.p is p), f"a parameter {_shape(p)}")
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch has it; every group names its rule (``algorithm``) and its resolved options.
@@ -81,6 +98,7 @@ class SavedOptimizer(Optimizer):
         Momenta that differ between replicas are averaged first, which changes no later weight but by rounding; so after
         a step every rank must call this.
         """
+        self._meet()
         self.synchronize_for_checkpoint()
         return super().state_dict()
 
@@ -92,11 +110,12 @@ class SavedOptimizer(Optimizer):
         """
         if not self._drifted:
             return
+        self._meet()
         meet(self._meshes.replicas, "state_dict() averages the replicas' momenta, so every rank must call it")
         bodies, targets = [], []
         for group in self.param_groups:
             for p in group["params"]:
-                entry = self._entry(p, group)
+                entry = self._entries[id(p)]
                 replicas = entry.placed.layout.replicas
                 if entry.rule.averages_factors and replicas.size > 1:
                     m = local(self.state[p]["momentum"])
@@ -126,6 +145,7 @@ class SavedOptimizer(Optimizer):
         own, given = self.param_groups, state_dict["param_groups"]
         if [len(g["params"]) for g in given] != [len(g["params"]) for g in own]:
             raise ValueError("the loaded state has other parameter groups than this optimizer; build them alike first")
+        self._meet(quiet=True)
         merged = [_merged(i, own[i], g, dict(algorithms or {})) for i, g in enumerate(given)]
         groups = [g for g, _ in merged]
         loaded = {}
@@ -133,7 +153,12 @@ class SavedOptimizer(Optimizer):
             for p, i in zip(group["params"], saved["params"], strict=True):
                 state = state_dict["state"].get(i, {})
                 if state:  # an optimizer that makes states late has none for a parameter it never stepped
-                    entry = self._entry(p, group)
+                    if is_lazy(p):
+                        raise ValueError(
+                            f"{self._name(p)} has no shape yet that states could be fitted to; run the model once, "
+                            "then load"
+                        )
+                    entry = self._entries[id(p)]
                     if "step" in entry.rule.states and _uncounted(state):  # microsoft/dion counts steps a group
                         state = {**state, "step": torch.tensor(float(saved["step"]))}
                     name = self._name(p)

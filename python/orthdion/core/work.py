@@ -26,28 +26,29 @@ class Work:
 
     def __init__(self, backend: str, kept: dict[Any, Any]) -> None:
         self.backend, self._kept = get(backend), kept
+        self.deferred = self.backend.deferred
         self.fused: list[Matrix] = []
         self.forms: list[Any] = []
         self.owners: list[Tensor] = []
-        self._bodies: list[tuple[Tensor, Matrix, Rule]] = []
+        self.bodies: list[tuple[Tensor, Matrix, Rule]] = []
         self._form: dict[int, Any] = {}
 
     def form(self, rule: Rule, diagnostics: bool, rounding: str | None) -> Any:
-        """The form of a group's rule, the same object for all its matrices."""
+        """What the backend is told for its whole step of a group's rule, the same object for all its matrices; None if
+        it has none.
+        """
         known = self._form.get(id(rule), self)
         if known is self:
             known = rule.fused(diagnostics=diagnostics, bfloat16=rounding == "bfloat16")
-            self._form[id(rule)] = known
+            self._form[id(rule)] = known = known if type(known) in self.backend.fused else None
         return known
 
-    def add(self, served: bool, made: list[Matrix], form: Any, rule: Rule, p: Tensor) -> None:
-        """Matrices of one parameter."""
-        if served:
-            self.fused.extend(made)
-            self.forms.extend([form] * len(made))
-            self.owners.extend([p] * len(made))
-        else:
-            self._bodies.extend((p, w, rule) for w in made)
+    def add(self, made: list[Matrix], form: Any, p: Tensor) -> None:
+        """Matrices of one parameter, for the backend's whole step."""
+        for w in made:
+            self.fused.append(w)
+            self.forms.append(form)
+            self.owners.append(p)
 
     def run(self, comm: Communicator, skips: Skips, done: list[Done]) -> None:
         """Steps everything; adds what became of it to ``done``."""
@@ -62,14 +63,14 @@ class Work:
                 owners = self.owners if everything else [self.owners[i] for i in index]
                 kept = self._kept.setdefault(kind, {})
                 done.append((owners, self.backend.fused[kind](matrices, forms, kept)))
-        if self._bodies:
-            bodies: list[Body[Outcome]] = [rule.step(w) for _, w, rule in self._bodies]
+        if self.bodies:
+            bodies: list[Body[Outcome]] = [rule.step(w) for _, w, rule in self.bodies]
             runtime = Runtime(comm, self.backend)
-            outcomes = runtime.run(bodies, [w.offset for _, w, _ in self._bodies])
-            kept = [(p, o) for (p, _, _), o in zip(self._bodies, outcomes, strict=True) if not _idle(o)]
+            outcomes = runtime.run(bodies, [w.offset for _, w, _ in self.bodies])
+            kept = [(p, o) for (p, _, _), o in zip(self.bodies, outcomes, strict=True) if not _idle(o)]
             done.append(([p for p, _ in kept], [o for _, o in kept]))
-            torch.autograd.graph.increment_version([w.x for _, w, _ in self._bodies])
-        if not self.backend.deferred and not any(w.lost is not None for _, w, _ in self._bodies):
+            torch.autograd.graph.increment_version([w.x for _, w, _ in self.bodies])
+        if not self.backend.deferred and not any(w.lost is not None for _, w, _ in self.bodies):
             return
         flags = [(p, o) for ps, os in done for p, o in zip(ps, os, strict=True) if isinstance(o, Deferred)]
         if flags:

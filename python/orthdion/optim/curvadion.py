@@ -190,7 +190,7 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
         targets: list[tuple[Tensor, bool]] = []
         for group in self.param_groups:
             for p in group["params"]:
-                at = self._entry(p, group).layout
+                at = self._entries[id(p)].layout
                 if at.replicas.size == 1:
                     continue
                 targets.append((local(p.detach()), True))
