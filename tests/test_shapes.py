@@ -32,7 +32,7 @@ def alone(x, grads, q, scale):
 
 
 def start(shape, seed=0, index=0):
-    return orthdion.core.states.start(shape, seed, index).float()
+    return orthdion.core.starts.start(shape, seed, index).float()
 
 
 def test_a_stack_is_its_matrices():

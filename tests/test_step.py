@@ -11,7 +11,7 @@ from oracles import dion_step, low_rank, orth, pairwise, parameter, randn, with_
 import orthdion
 from orthdion.backends.torch import TorchBackend
 from orthdion.core.runtime import Runtime
-from orthdion.core.states import start
+from orthdion.core.starts import start
 from orthdion.distributed import Communicator
 from orthdion.requests import Matrix, Precision
 

@@ -15,7 +15,7 @@ from .core.options import names_of, options_of
 from .core.registry import find
 from .core.rule import Rule
 from .core.runtime import Runtime
-from .core.states import start
+from .core.starts import start
 from .distributed import Communicator
 from .requests import Matrix, Outcome, Precision, Report
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..distributed import Placed, is_dtensor, local
-from ..linalg import qr
 from .fold import Copies, Fold
 from .rule import Axis, Rule, StateSpec
+from .starts import Orthonormal, generator
 
-__all__ = ["Formats", "Sides", "Stored", "base_name", "fitted", "initial", "start", "stored"]
+__all__ = ["Formats", "Sides", "Stored", "base_name", "fitted", "initial", "stored"]
 
 #: Ends the key of a state of those parts that are processed transposed, where others are not.
 _WIDE = "_wide"
@@ -190,38 +190,22 @@ def _check_convolution(name: str, p: Tensor, placed: Placed, fold: Fold, divided
         )
 
 
-def start(shape: tuple[int, int, int], seed: int, index: int) -> Tensor:
-    """The first Q of parameter ``index``: (count, n, r) orthonormal float64 on the CPU.
-
-    Drawn from a generator of its own, so that every rank of a group draws the same and the user's random stream is
-    untouched.
-    """
-    generator = torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + index) % 2**63)
-    return _orthonormal(shape, generator)
-
-
-def _orthonormal(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    count, n, r = shape
-    if 0 in shape:
-        return torch.zeros(shape, dtype=torch.float64, device="cpu")
-    # Our own QR, because its bits do not depend on the number of threads.
-    return qr(torch.randn(count, n, r, generator=generator, dtype=torch.float32, device="cpu"))[0].double()
-
-
-def _first(kept: Stored, fold: Fold, sides: Sides, seed: int, index: int) -> Tensor:
-    """The whole of a state that starts orthonormal, each matrix of it; zero where a part has a smaller rank."""
-    side = fold.cols if kept.beside is None else None
-    if fold.parts == 1 or (side is not None and len({sides.ranks[k] for k in kept.parts}) == 1):
-        count = fold.stack * len(kept.parts)
-        return start((count, kept.shape[-2], kept.shape[-1]), seed, index).view(kept.shape)
-    generator = torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + index) % 2**63)
-    whole, copies = torch.zeros(kept.shape, dtype=torch.float64, device="cpu"), Copies()
+def _write_orthonormal(
+    made: Tensor, kept: Stored, fold: Fold, sides: Sides, placed: Placed, draws: torch.Generator
+) -> None:
+    """Fills this rank's part of a state that starts orthonormal in each matrix; zero beyond a part's rank."""
+    stack = placed.ranges[0] if fold.stacked and 0 in kept.axes else (0, fold.stack)
+    span, copies = placed.ranges[fold.row_axis], Copies()
+    length, lead = kept.shape[-2], made.ndim - 2
+    first = next((placed.ranges[a][0] * kept.width for a, own in kept.axes.items() if own == lead), 0)
     for e in range(fold.stack):
         for k in kept.parts:
-            part = kept.of(whole, fold, e, k, sides, (0, fold.rows), copies)
-            part.copy_(_orthonormal((1, part.shape[0], part.shape[1]), generator)[0])
+            n = length if kept.beside is None else fold.sizes[k]
+            whole = Orthonormal(n, sides.ranks[k], draws)
+            if stack[0] <= e < stack[1]:
+                row = first if kept.beside is None else fold.before(k, span[0])
+                whole.write(kept.of(made, fold, e - stack[0], k, sides, span, copies), row)
     copies.write_back()
-    return whole
 
 
 def initial(
@@ -242,11 +226,7 @@ def initial(
             # Counted for each parameter, as torch does: one that first gets a gradient late has a count of its own.
             states[key] = torch.zeros((), dtype=dtype, device="cpu")
             continue
-        if kept.state.start == "orthonormal" and fold is not None and seed is not None:
-            part = kept.local_part(_first(kept, fold, sides, seed, index), placed)
-            # A copy of its own: nothing larger is kept alive, and nothing is shared.
-            made = part.to(device=here.device, dtype=dtype, copy=True).contiguous()
-        elif not kept.parts:
+        if not kept.parts:
             made = torch.zeros_like(here, dtype=dtype, memory_format=torch.preserve_format)
         else:
             lengths = list(kept.shape)
@@ -254,6 +234,8 @@ def initial(
                 first, last = placed.ranges[axis]
                 lengths[own] = (last - first) * kept.width
             made = torch.zeros(lengths, dtype=dtype, device=here.device)
+        if kept.state.start == "orthonormal" and fold is not None and seed is not None:
+            _write_orthonormal(made, kept, fold, sides, placed, generator(seed, index))
         states[key] = placed.wrap(made, kept.shape, kept.axes)
     return states
 
