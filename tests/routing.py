@@ -8,11 +8,15 @@ __all__ = ["Classifier", "Config", "decisions", "routed"]
 
 
 def decisions(model, **options):
-    return {d.name: d for d in orthdion.param_groups(model, **options).decisions}
+    return {d.name: d for d in orthdion.param_groups(model, **{"require_matrices": False, **options}).decisions}
 
 
 def routed(model, end):
-    return [d.settings.get("algorithm") for d in orthdion.param_groups(model).decisions if d.name.endswith(end)]
+    return [
+        d.settings.get("algorithm")
+        for d in orthdion.param_groups(model, require_matrices=False).decisions
+        if d.name.endswith(end)
+    ]
 
 
 class Classifier(nn.Module):

@@ -41,7 +41,7 @@ def same(a, b):
 @pytest.mark.parametrize("options", [{}, {"momentum_dtype": torch.bfloat16, "q_dtype": torch.bfloat16}])
 def test_saved_loaded_and_continued_is_the_same_to_the_bit(kind, scalar, options):
     m = model()
-    o = kind(orthdion.param_groups(m, scalar=scalar, lr=0.02), lr=0.02, **options)
+    o = kind(orthdion.param_groups(m, scalar=scalar, scalar_lr=0.02), lr=0.02, **options)
     train(m, o, 5)
     file = io.BytesIO()
     torch.save({"m": m.state_dict(), "o": o.state_dict()}, file)
@@ -49,7 +49,7 @@ def test_saved_loaded_and_continued_is_the_same_to_the_bit(kind, scalar, options
 
     torch.manual_seed(999)
     fresh = model(seed=4)
-    other = kind(orthdion.param_groups(fresh, scalar=scalar, lr=0.02), lr=0.5, seed=77, **options)
+    other = kind(orthdion.param_groups(fresh, scalar=scalar, scalar_lr=0.02), lr=0.5, seed=77, **options)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     fresh.load_state_dict(saved["m"])

@@ -73,9 +73,7 @@ def test_overrides_by_pattern_and_typos_are_refused():
 
 def test_lions_head_gets_its_own_rate():
     m = nn.ModuleDict({"body": nn.Linear(16, 16), "lm_head": nn.Linear(16, 30, bias=False)})
-    with pytest.raises(ValueError, match="lr"):
-        orthdion.param_groups(m, scalar="lion")
-    d = decisions(m, scalar="lion", lr=0.01)
+    d = decisions(m, scalar="lion", scalar_lr=0.01)
     assert d["lm_head.weight"].settings == {"algorithm": "lion", "lr": 0.0025}
     assert decisions(m, scalar_lr=0.3)["lm_head.weight"].settings == {"algorithm": "adamw", "lr": 0.3}
 
@@ -158,7 +156,7 @@ def test_an_overridden_head_keeps_lions_rate_and_a_depthwise_kernel_its_form():
         {"body": nn.Linear(16, 16), "lm_head": nn.Linear(16, 30, bias=False), "conv": nn.Conv1d(8, 8, 5, groups=8)}
     )
     groups = orthdion.param_groups(
-        m, scalar="lion", lr=0.01, overrides={"lm_head.weight": {"weight_decay": 0.1}, "conv.weight": "matrix"}
+        m, scalar="lion", scalar_lr=0.01, overrides={"lm_head.weight": {"weight_decay": 0.1}, "conv.weight": "matrix"}
     )
     d = {x.name: x.settings for x in groups.decisions}
     assert d["lm_head.weight"] == {"algorithm": "lion", "weight_decay": 0.1, "lr": 0.0025}
@@ -339,3 +337,30 @@ def test_a_model_without_a_base_has_its_classes_in_its_last_layer():
 
     assert routed(NetForImageClassification(), "fc.weight") == ["adamw"]
     assert routed(NetForImageClassification(), "pairs.weight") == ["matrix"]
+
+
+def test_a_model_without_a_hidden_matrix_is_refused_unless_that_is_meant():
+    model = nn.ModuleDict({"embedding": nn.Embedding(30, 8), "norm": nn.LayerNorm(8), "lm_head": nn.Linear(8, 30)})
+    with pytest.raises(ValueError, match=r"ModuleDict has no hidden matrix.*lm_head\.weight.*require_matrices=False"):
+        orthdion.param_groups(model)
+    with pytest.raises(ValueError, match="no hidden matrix"):
+        orthdion.create("muon", model)
+    assert {g["algorithm"] for g in orthdion.param_groups(model, require_matrices=False)} == {"adamw"}
+    asked = orthdion.param_groups(model, overrides={"lm_head.weight": "matrix"})
+    assert {g["algorithm"] for g in asked} == {"adamw", "matrix"}
+    assert len(orthdion.create("adamw", model).param_groups) == 2
+    body = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    assert all(g["algorithm"] == "adamw" for g in orthdion.param_groups(body, overrides={"*": "adamw"}))
+
+
+class FlatParameter(nn.Parameter):
+    """Named as FSDP1's, whose own cannot be made without it."""
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "zero3"])
+def test_what_wrappers_have_flattened_is_refused_by_the_optimizer_too(kind):
+    p = FlatParameter(torch.zeros(80)) if kind == "fsdp1" else nn.Parameter(torch.zeros(0))
+    if kind == "zero3":
+        p.ds_shape = torch.Size((8, 10))
+    with pytest.raises(ValueError, match=r"group 0, parameter 0 .*ZeRO-3 or FSDP1.*fully_shard"):
+        orthdion.OrthDion([p])

@@ -17,7 +17,7 @@ from .optim import OPTIMIZERS
 
 __all__ = ["OptimizerInfo", "create", "list_optimizers"]
 
-_GROUPING = ("scalar", "scalar_lr", "overrides", "per_head")
+_GROUPING = ("scalar", "scalar_lr", "overrides", "per_head", "require_matrices")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ def create(
         optimizer: a registered name (:func:`list_optimizers`), a rule of one's own, or an optimizer class.
         model: a module, whose parameters :func:`orthdion.param_groups` divides among the optimizer's rule and
             AdamW; or parameters or groups, as for any optimizer.
-        options: the optimizer's keywords; for a module also ``scalar``, ``scalar_lr``, ``overrides`` and ``per_head``
-            of :func:`orthdion.param_groups`.
+        options: the optimizer's keywords; for a module also ``scalar``, ``scalar_lr``, ``overrides``, ``per_head``
+            and ``require_matrices`` of :func:`orthdion.param_groups`. ``scalar_lr`` is ``lr`` if left out with
+            ``adjust_lr="match_rms_adamw"``, which makes both AdamW's, and where the rule steps everything.
 
     Raises:
         ValueError: for an unknown name, suggesting the nearest; and as the optimizer's constructor.
@@ -95,14 +96,18 @@ def create(
         near = difflib.get_close_matches(optimizer, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"optimizer must be one of {', '.join(known)}, not {optimizer!r}{hint}")
+    kind: Any = optimizer
+    if isinstance(optimizer, str):
+        kind = OPTIMIZERS.get(optimizer) or rules()[optimizer]
     params: Any = model
     if isinstance(model, nn.Module):
         grouping = {k: options.pop(k) for k in _GROUPING if k in options}
-        params = param_groups(model, lr=options.get("lr"), **grouping)
-    if isinstance(optimizer, str):
-        kind: Any = OPTIMIZERS.get(optimizer) or rules()[optimizer]
-    else:
-        kind = optimizer
+        rule = kind if issubclass(kind, Rule) else kind.rule
+        if rule is not None and (rule.elementwise or options.get("adjust_lr") == "match_rms_adamw"):
+            grouping.setdefault("scalar_lr", options.get("lr", rule.lr))  # one rate for everything
+        if rule is not None and rule.elementwise:
+            grouping.setdefault("require_matrices", False)
+        params = param_groups(model, **grouping)
     if isinstance(kind, type) and issubclass(kind, Rule):
         return MatrixOptimizer(params, kind, **options)
     made: MatrixOptimizer = kind(params, **options)

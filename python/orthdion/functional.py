@@ -109,7 +109,9 @@ def step(
     turned = [name for name, spec in made.states.items() if flip and set(spec.axes) == {"rows", "cols"}]
     views = {name: t.T if name in turned else t for name, t in state.items()}
     seen, grad = (x.T, g.T) if flip else (x, g)
-    w = Matrix(seen, grad, views, tuple(seen.shape), tuple(x.shape), made.scale(*x.shape))  # type: ignore[arg-type]
+    ranks = (state[name].shape[spec.axes.index("rank")] for name, spec in made.states.items() if "rank" in spec.axes)
+    scale = made.scale(x.shape[0], x.shape[1], next(ranks, made.rank(*x.shape)))
+    w = Matrix(seen, grad, views, tuple(seen.shape), tuple(x.shape), scale)  # type: ignore[arg-type]
     w.precision = Precision.of(x.dtype, compute_dtype)  # type: ignore[arg-type]
     form = made.fused(bfloat16=compute_dtype == "bfloat16")
     if form is not None and type(form) in there.fused and not there.deferred:

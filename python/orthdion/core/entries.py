@@ -191,7 +191,7 @@ class Entry:
                     found[i],
                     (n, m) if flip else (m, n),
                     (m, n),
-                    rule.scale(m, n),
+                    rule.scale(m, n, sides.ranks[k]),
                     layout.transposed if flip else layout,
                     extents=extents,
                 )

@@ -154,7 +154,9 @@ class Members(Groups):
         try:
             return Fold.of(m.p.shape, m.group)
         except ValueError as e:
-            raise ValueError(f"{m.name}: {e}") from None
+            flattened = hasattr(m.p, "ds_shape") or type(m.p).__name__ == "FlatParameter"
+            why = "ZeRO-3 or FSDP1 has flattened it; use FSDP2 (torch.distributed.fsdp.fully_shard)"
+            raise ValueError(f"{m.name}: {why if flattened else e}") from None
 
     def _placed(self, m: Member, fold: Fold | None) -> Placed:
         placed = place(m.p, m.name, None if fold is None else fold.roles, self._meshes.replicas)
@@ -185,6 +187,21 @@ class Members(Groups):
                 self.state[p] = cast(Any, state)
                 return
         raise ValueError(f"the optimizer does not have a parameter of shape {tuple(p.shape)} that is this one")
+
+    def _shares(self) -> str:
+        """How much of the parameters each rule steps."""
+        elements: dict[str, int] = {}
+        counts: dict[str, int] = {}
+        for group in self.param_groups:
+            name = group["algorithm"]
+            elements[name] = elements.get(name, 0) + sum(p.numel() for p in group["params"] if not is_lazy(p))
+            counts[name] = counts.get(name, 0) + len(group["params"])
+        total = sum(elements.values())
+        shares = [
+            f"{name} steps {n / max(total, 1):.1%} of {total:,} elements ({counts[name]:,} parameters)"
+            for name, n in sorted(elements.items(), key=lambda one: -one[1])
+        ]
+        return ", ".join(shares)
 
     def _check_overlap(self) -> None:
         """Refuses parameters that share memory: one step would write over the other's."""

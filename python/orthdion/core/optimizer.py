@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from .signature import Common, bound, signed
 from .work import Work
 
 __all__ = ["Communication", "Given", "MatrixOptimizer"]
+
+_log = logging.getLogger("orthdion")
 
 _STEPPED = Report()
 
@@ -94,6 +97,7 @@ class MatrixOptimizer(Members):
         super().__init__(params, self._defaults())
         if isinstance(common.replicate_mesh, Replicas):
             common.replicate_mesh.check_covers([p for g in self.param_groups for p in g["params"]])
+        _log.info("%s: %s", type(self).__name__, self._shares())
 
     @property
     def skipped_steps(self) -> Counter[str]:
@@ -372,6 +376,6 @@ class MatrixOptimizer(Members):
         return {k: f"{v} parameters" for k, v in counts.items()}
 
     def __repr__(self) -> str:
-        lines = [super().__repr__()]
+        lines = [super().__repr__(), self._shares()]
         lines += [f"backend {name} ({count})" for name, count in self.backends().items()]
         return "\n".join(lines)

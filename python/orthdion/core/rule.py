@@ -90,8 +90,8 @@ class Rule:
         """What a backend that has this step in one piece is told; None: there is no such piece."""
         return None
 
-    def scale(self, fan_out: int, fan_in: int) -> float:
-        """What η is multiplied by for a weight (fan_out, fan_in)."""
+    def scale(self, fan_out: int, fan_in: int, rank: int) -> float:
+        """What η is multiplied by for a weight (fan_out, fan_in) whose states have this rank."""
         return 1.0
 
     def rank(self, m: int, n: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._text import table
 from ..core.groups import MATRIX
-from ..core.registry import rules
+from ..core.registry import find, rules
 from .decide import decide
 from .heads import output_layers
 from .survey import CONV, Weight, survey
@@ -60,9 +60,9 @@ def param_groups(
     *,
     scalar: Literal["adamw", "lion"] = "adamw",
     scalar_lr: float | None = None,
-    lr: float | None = None,
     overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
     per_head: bool = False,
+    require_matrices: bool = True,
 ) -> ParamGroups:
     """Groups for any of this library's optimizers; "matrix" is the algorithm of those that its own rule steps.
 
@@ -70,20 +70,22 @@ def param_groups(
         model: its trainable parameters are grouped; frozen ones are listed and left out. Wrappers (DDP, FSDP,
             ``torch.compile``, activation checkpointing) are looked through: names are those of the plain model.
         scalar: the algorithm for what is no hidden matrix.
-        scalar_lr: learning rate of those groups; None: the optimizer's.
-        lr: the optimizer's learning rate. Only needed with ``scalar="lion"``, whose head gets lr/√d_in.
+        scalar_lr: learning rate of those groups; None: that rule's own, 0.001 for AdamW and 0.0001 for Lion, whatever
+            the rate of matrices is. Lion's head gets it over √d_in.
         overrides: glob pattern on a parameter's name → an algorithm, or group keys such as
             ``{"rank_fraction": 0.5}``, or ``{"algorithm": "matrix", "transposed": True}`` for a stack that is kept as
             (E, in, out). The last pattern that matches counts.
         per_head: attention's queries, keys and values are stepped head by head (``num_heads``), where the module or
             its config says how many there are.
+        require_matrices: False allows a model that has no hidden matrix, as a stage of a pipeline may be.
 
     Returns:
         The groups; ``print`` them to see every decision with its reason.
 
     Raises:
-        ValueError: a pattern that matches nothing, a vector forced into a rule of matrices, a missing ``lr``, weights
-            that FSDP1 or ZeRO-3 has flattened, or that have no shape yet.
+        ValueError: a model without a hidden matrix, for which no optimizer of matrices is needed; a pattern that
+            matches nothing, a vector forced into a rule of matrices, weights that FSDP1 or ZeRO-3 has flattened, or
+            that have no shape yet.
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
@@ -97,22 +99,44 @@ def param_groups(
     found = survey(model)
     outputs = output_layers(found)
     decisions: list[Decision] = []
+    matrices = False
     for weight in found.weights:
         verdict = decide(weight, outputs, per_head)
         settings, reason = _settings(verdict, scalar), verdict.reason
+        matrices |= verdict.kind == "matrix"
         for pattern, wish in overrides.items():
             if fnmatch.fnmatchcase(weight.name, pattern) or fnmatch.fnmatchcase(weight.raw, pattern):
                 unused.discard(pattern)
                 settings, reason = _override(settings, reason, wish, pattern, weight)
         if settings.get("algorithm") in ("adamw", "lion"):
-            settings = _scalar_rate(settings, verdict, weight, scalar_lr, lr)
+            settings = _scalar_rate(settings, verdict, weight, scalar_lr)
         decisions.append(Decision(weight.name, tuple(weight.tensor.shape), settings, reason))
     if unused:
         raise ValueError(
             f"overrides: no parameter matches {', '.join(map(repr, sorted(unused)))}; "
             "print(param_groups(model)) lists the names"
         )
+    if require_matrices and not matrices and not any(_is_matrix(d) for d in decisions):
+        _refuse_no_matrices(model, decisions)
     return ParamGroups(_collect(decisions, [weight.tensor for weight in found.weights]), decisions)
+
+
+def _is_matrix(decision: Decision) -> bool:
+    name = decision.settings.get("algorithm")
+    return name is not None and not (name in rules() and rules()[name].elementwise)
+
+
+def _refuse_no_matrices(model: nn.Module, decisions: list[Decision]) -> None:
+    """Raises, if there is anything to train at all; an empty list of parameters is torch's to refuse."""
+    trained = [d for d in decisions if d.settings]
+    trained.sort(key=lambda d: (len(d.shape) < 2, -math.prod(d.shape)))
+    if trained:
+        why = "; ".join(f"{d.name} {d.shape}: {d.reason}" for d in trained[:3])
+        raise ValueError(
+            f"{type(model).__name__} has no hidden matrix for the optimizer's own rule, all would go to "
+            f"{trained[0].settings['algorithm']} ({why}). overrides={{{trained[0].name!r}: 'matrix'}} says that this "
+            "is one, require_matrices=False that none is needed"
+        )
 
 
 def _settings(verdict: Verdict, scalar: str) -> dict[str, Any]:
@@ -140,17 +164,12 @@ def _override(
     return {**settings, **keys}, f"{reason}; overridden by {pattern!r}"
 
 
-def _scalar_rate(
-    settings: dict[str, Any], verdict: Verdict, weight: Weight, scalar_lr: float | None, lr: float | None
-) -> dict[str, Any]:
+def _scalar_rate(settings: dict[str, Any], verdict: Verdict, weight: Weight, scalar_lr: float | None) -> dict[str, Any]:
+    """The settings with a rate, where that is not the rule's own."""
     if settings["algorithm"] == "lion" and verdict.kind == "head" and "lr" not in settings:
-        base = scalar_lr if scalar_lr is not None else lr
-        if base is None:
-            raise ValueError("scalar='lion' gives the head lr/√d_in: pass lr (the optimizer's) or scalar_lr")
+        base = scalar_lr if scalar_lr is not None else find("lion").lr
         return {**settings, "lr": base / math.sqrt(math.prod(weight.tensor.shape[1:]))}
-    if scalar_lr is not None:
-        return {"lr": scalar_lr, **settings}
-    return settings
+    return settings if scalar_lr is None else {"lr": scalar_lr, **settings}
 
 
 def _collect(decisions: list[Decision], tensors: list[Tensor]) -> list[dict[str, Any]]:
@@ -158,7 +177,14 @@ def _collect(decisions: list[Decision], tensors: list[Tensor]) -> list[dict[str,
     for d, p in zip(decisions, tensors, strict=True):
         if d.settings:
             key = repr(sorted(d.settings.items()))
-            group = groups.setdefault(key, {"params": [], "param_names": [], **d.settings})
+            group = groups.setdefault(key, {"params": [], "param_names": [], **_with_rate(d.settings)})
             group["params"].append(p)
             group["param_names"].append(d.name)
     return list(groups.values())
+
+
+def _with_rate(settings: dict[str, Any]) -> dict[str, Any]:
+    """Elementwise rules do not go by the optimizer's rate, which is one for matrices."""
+    name = settings["algorithm"]
+    own = name in rules() and rules()[name].elementwise
+    return {"lr": find(name).lr, **settings} if own else settings

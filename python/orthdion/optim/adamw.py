@@ -34,6 +34,7 @@ class AdamWRule(Rule):
     }
     elementwise: ClassVar[bool] = True
 
+    lr: float = number(0.001, 0.0, doc="η, the learning rate. A tensor is read at each step.")
     beta1: float = number(0.9, 0.0, 1.0, open_high=True, doc="β₁.")
     beta2: float = number(0.95, 0.0, 1.0, open_high=True, doc="β₂.")
     epsilon: float = number(1e-8, 0.0, doc="ε.")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..core.adjust import adjusted
 from ..core.low_rank import (
     Left,
     RightFactor,
@@ -84,6 +85,11 @@ class CompletedDionRule(DionRule):
             mu = float(options["mu"])
             options["feedback"] = "momentum" if options["residual"] == "linear" else (mu, min(0.7, mu))
         return options
+
+    def scale(self, fan_out: int, fan_in: int, rank: int) -> float:
+        """By ``adjust_lr``; r singular values of the direction are 1, the others have a root mean square of c."""
+        spare = min(fan_out, fan_in) - rank
+        return adjusted(self.adjust_lr, fan_out, fan_in, rank + self.residual_scale**2 * spare)
 
     def unsupported(self, at: Layout) -> str | None:
         """Where only factors are averaged, nobody has the averaged residual."""

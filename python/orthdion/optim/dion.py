@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..core.adjust import AdjustLr, adjust_lr, adjusted
 from ..core.low_rank import (
     RightFactor,
     blend,
@@ -55,9 +55,11 @@ class DionRule(Rule):
         '"momentum" (μ, μ), or two numbers (a, b) in [0, 1].',
     )
 
-    def scale(self, fan_out: int, fan_in: int) -> float:
-        """``sqrt(m/n)``: η transfers across widths (section 1)."""
-        return math.sqrt(fan_out / max(fan_in, 1))
+    adjust_lr: AdjustLr | None = adjust_lr()
+
+    def scale(self, fan_out: int, fan_in: int, rank: int) -> float:
+        """By ``adjust_lr``; r singular values of the direction are 1, to V's orthogonality."""
+        return adjusted(self.adjust_lr, fan_out, fan_in, rank)
 
     def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> LowRank:
         """What the core is told."""

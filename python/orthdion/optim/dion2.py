@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.adjust import AdjustLr, adjust_lr, adjusted
 from ..core.optimizer import MatrixOptimizer
 from ..core.options import number
 from ..core.registry import register
@@ -43,9 +44,14 @@ class Dion2Rule(Rule):
     ef_decay: float = number(0.95, 0.0, 1.0, doc="What M keeps of the slices that were stepped: the error feedback.")
     epsilon: float = number(1e-7, 0.0, doc="The smallest norm that the selected slices are divided by.")
 
-    def scale(self, fan_out: int, fan_in: int) -> float:
-        """``sqrt(m/n)`` of the whole matrix, however many slices are stepped."""
-        return math.sqrt(max(fan_out, 1) / max(fan_in, 1))
+    adjust_lr: AdjustLr | None = adjust_lr()
+
+    def scale(self, fan_out: int, fan_in: int, rank: int) -> float:
+        """By ``adjust_lr``, of the whole matrix; the slices that are stepped have singular values of 1."""
+        return adjusted(self.adjust_lr, fan_out, fan_in, self._count(min(fan_out, fan_in)))
+
+    def _count(self, length: int) -> int:
+        return min(max(math.ceil(round(self.fraction * length, 9)), 1), length)
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """``M ← M + G``, ``D[S] = polar(M[S])``, ``M[S] ← decay·M[S]``"""
@@ -63,7 +69,7 @@ class Dion2Rule(Rule):
     def _selected(self, w: Matrix, m: Tensor, axis: int) -> Generator[Any, Any, tuple[Tensor, Matrix]]:
         """Which of this rank's slices are among the largest, ascending; and the matrix of all that are."""
         length, shards = w.shape[axis], w.layout.shards
-        count = min(max(math.ceil(round(self.fraction * length, 9)), 1), length)
+        count = self._count(length)
         shape = (count, w.shape[1]) if axis == 0 else (w.shape[0], count)
         norms = m.abs().sum(1 - axis, dtype=torch.float64)
         if shards.size == 1:

@@ -28,6 +28,7 @@ class LionRule(Rule):
     states: ClassVar[States] = {"momentum": StateSpec()}
     elementwise: ClassVar[bool] = True
 
+    lr: float = number(0.0001, 0.0, doc="η, the learning rate. A tensor is read at each step.")
     beta1: float = number(0.9, 0.0, 1.0, open_high=True, doc="β₁.")
     beta2: float = number(0.95, 0.0, 1.0, open_high=True, doc="β₂.")
 

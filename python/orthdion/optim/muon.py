@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ..core.adjust import AdjustLr, adjust_lr, adjusted
 from ..core.optimizer import MatrixOptimizer
 from ..core.options import choice, flag, number
 from ..core.registry import register
@@ -18,8 +18,6 @@ from ..numerics.newton_schulz import JORDAN, POLAR_EXPRESS
 from ..requests import Body, Matrix, NewtonSchulz, Outcome, Polar, Request, Update, Whole
 
 __all__ = ["Muon", "MuonRule"]
-
-AdjustLr = Literal["spectral", "original", "match_rms_adamw"]
 
 
 @register
@@ -45,23 +43,12 @@ class MuonRule(Rule):
         "exact",
         doc='The polar factor: five of Jordan\'s quintics, Polar Express (arXiv 2505.16932), or "exact".',
     )
-    adjust_lr: AdjustLr | None = choice(
-        "spectral",
-        "spectral",
-        "original",
-        "match_rms_adamw",
-        None,
-        doc='What η is multiplied by: "spectral" sqrt(m/n), "original" sqrt(max(1, m/n)), "match_rms_adamw" '
-        "0.2·sqrt(max(m, n)), or None.",
-    )
+    adjust_lr: AdjustLr | None = adjust_lr()
     epsilon: float = number(1e-7, 0.0, doc="The smallest norm that the momentum is divided by.")
 
-    def scale(self, fan_out: int, fan_in: int) -> float:
-        """By ``adjust_lr``."""
-        m, n = max(fan_out, 1), max(fan_in, 1)
-        if self.adjust_lr == "match_rms_adamw":
-            return 0.2 * math.sqrt(max(m, n))
-        return {"spectral": math.sqrt(m / n), "original": math.sqrt(max(1.0, m / n)), None: 1.0}[self.adjust_lr]
+    def scale(self, fan_out: int, fan_in: int, rank: int) -> float:
+        """By ``adjust_lr``; all d = min(m, n) singular values of the direction are 1."""
+        return adjusted(self.adjust_lr, fan_out, fan_in, min(fan_out, fan_in))
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """``M ← lerp(M, G, 1 − μ)``, ``D = polar(lerp(G, M, μ))``"""

@@ -219,7 +219,8 @@ def _ours(
     if isinstance(model, nn.parallel.DistributedDataParallel) and averages_factors(rule):
         options.setdefault("replicate_mesh", decouple(model))
     if rule.elementwise:  # it steps everything, at one learning rate
-        return create(kind, [{**group, "algorithm": MATRIX} for group in param_groups(model)], **options)
+        groups = [{k: v for k, v in g.items() if k != "lr"} for g in param_groups(model, require_matrices=False)]
+        return create(kind, [{**group, "algorithm": MATRIX} for group in groups], **options)
     options.setdefault("scalar_lr", config.scalar_lr)
     return create(kind, model, **options)
 
