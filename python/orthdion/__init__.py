@@ -1,6 +1,6 @@
 """orthdion: Orth-Dion and its family, spectral optimizers for PyTorch with a Rust core."""
 
-from . import diagnostics, functional, linalg, requests
+from . import diagnostics, functional, integrations, linalg, requests
 from .core.optimizer import MatrixOptimizer
 from .core.registry import register
 from .core.rule import Rule, StateSpec
@@ -30,6 +30,7 @@ __all__ = [
     "decouple",
     "diagnostics",
     "functional",
+    "integrations",
     "linalg",
     "list_optimizers",
     "param_groups",

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .core.optimizer import MatrixOptimizer
 from .core.registry import rules
 from .core.rule import Rule
-from .grouping import param_groups
+from .grouping import ParamGroups, param_groups
 from .optim import OPTIMIZERS
 
-__all__ = ["OptimizerInfo", "create", "list_optimizers"]
+__all__ = ["OptimizerInfo", "create", "groups_for", "list_optimizers"]
 
 _GROUPING = ("scalar", "scalar_lr", "overrides", "per_head", "require_matrices")
 
@@ -91,24 +91,46 @@ def create(
     Example:
         >>> optimizer = orthdion.create("muon", model, lr=0.02, scalar_lr=0.003)
     """
-    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS and optimizer not in rules():
-        known = [*OPTIMIZERS, *(n for n in rules() if n not in OPTIMIZERS)]
-        near = difflib.get_close_matches(optimizer, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"optimizer must be one of {', '.join(known)}, not {optimizer!r}{hint}")
-    kind: Any = optimizer
-    if isinstance(optimizer, str):
-        kind = OPTIMIZERS.get(optimizer) or rules()[optimizer]
+    kind = _kind(optimizer)
     params: Any = model
     if isinstance(model, nn.Module):
-        grouping = {k: options.pop(k) for k in _GROUPING if k in options}
-        rule = kind if issubclass(kind, Rule) else kind.rule
-        if rule is not None and (rule.elementwise or options.get("adjust_lr") == "match_rms_adamw"):
-            grouping.setdefault("scalar_lr", options.get("lr", rule.lr))  # one rate for everything
-        if rule is not None and rule.elementwise:
-            grouping.setdefault("require_matrices", False)
-        params = param_groups(model, **grouping)
+        params = groups_for(optimizer, model, options)
     if isinstance(kind, type) and issubclass(kind, Rule):
         return MatrixOptimizer(params, kind, **options)
     made: MatrixOptimizer = kind(params, **options)
     return made
+
+
+def groups_for(
+    optimizer: str | type[Rule] | type[MatrixOptimizer], model: nn.Module, options: dict[str, Any]
+) -> ParamGroups:
+    """The groups that :func:`create` makes of a module; takes what is of :func:`orthdion.param_groups` out of the
+    options.
+
+    Raises:
+        ValueError: as :func:`create`.
+    """
+    grouping = {k: options.pop(k) for k in _GROUPING if k in options}
+    kind = _kind(optimizer)
+    rule = kind if issubclass(kind, Rule) else kind.rule
+    if rule is not None and (rule.elementwise or options.get("adjust_lr") == "match_rms_adamw"):
+        grouping.setdefault("scalar_lr", options.get("lr", rule.lr))  # one rate for everything
+    if rule is not None and rule.elementwise:
+        grouping.setdefault("require_matrices", False)
+    return param_groups(model, **grouping)
+
+
+def _kind(optimizer: str | type[Rule] | type[MatrixOptimizer]) -> Any:
+    """The rule or the class.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if not isinstance(optimizer, str):
+        return optimizer
+    if optimizer not in OPTIMIZERS and optimizer not in rules():
+        known = [*OPTIMIZERS, *(n for n in rules() if n not in OPTIMIZERS)]
+        near = difflib.get_close_matches(optimizer, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"optimizer must be one of {', '.join(known)}, not {optimizer!r}{hint}")
+    return OPTIMIZERS.get(optimizer) or rules()[optimizer]

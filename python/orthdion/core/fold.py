@@ -172,8 +172,9 @@ def _fold(
 ) -> Fold:
     if len(shape) < 2:
         raise ValueError(
-            f"a parameter of shape {shape} is no matrix; give its group algorithm='adamw' or 'lion', "
-            "or build the groups with orthdion.param_groups(model)"
+            f"a parameter of shape {shape} is no matrix; give its group algorithm='adamw' or 'lion', or let "
+            "orthdion.create(name, model) or orthdion.param_groups(model) divide the model; a trainer that builds the "
+            "groups itself takes orthdion.integrations.Factory in place of the class"
         )
     stacked = len(shape) == 3 and not flatten
     if transposed and len(shape) > 2 and not stacked:
