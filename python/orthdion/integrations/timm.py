@@ -62,7 +62,7 @@ def register(registry: Registry | None = None) -> dict[str, str]:
     for info in list_optimizers():
         for name in (_PREFIX + info.name, *([info.name] if info.name not in taken else [])):
             names[name] = info.name
-            made = functools.partial(_from_groups, info.name)
+            made: Any = functools.partial(_from_groups, info.name)
             where.register(OptimInfo(name, made, f"orthdion: {info.summary}", has_betas=True))
     where.create_optimizer = _wrapped(where.create_optimizer, names)
     return dict(names)
@@ -85,10 +85,14 @@ def routed(
 
     Args:
         model: its trainable parameters are grouped.
-        weight_decay, layer_decay, layer_decay_min_scale, layer_decay_no_opt_scale, weight_decay_exclude_1d: as
-            ``create_optimizer_v2``'s. ``layer_decay_no_opt_scale`` freezes parameters, as timm does it.
-        fallback_list, fallback_no_weight_decay: patterns of names that go to AdamW (or Lion, by ``scalar``) though they
-            are hidden matrices, and whether the model's ``no_weight_decay()`` does.
+        weight_decay: of what is neither a vector nor a table, nor in the model's ``no_weight_decay()``.
+        layer_decay: what the learning rate of a layer is of the next one's. None: the same for all.
+        layer_decay_min_scale: what it is at least of the last layer's.
+        layer_decay_no_opt_scale: layers whose share is smaller are frozen (``requires_grad`` is set to False), as by
+            timm.
+        weight_decay_exclude_1d: whether one-dimensional parameters do without decay.
+        fallback_list: patterns of names that go to AdamW (or Lion, by ``scalar``) though they are hidden matrices.
+        fallback_no_weight_decay: whether what is in the model's ``no_weight_decay()`` does, too.
         routing: ``scalar``, ``scalar_lr``, ``lr``, ``overrides``, ``per_head`` of :func:`orthdion.param_groups`.
 
     Raises:
@@ -97,7 +101,7 @@ def routed(
     """
     from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 
-    shared = {
+    shared: dict[str, Any] = {
         "weight_decay": weight_decay,
         "no_weight_decay_list": getattr(model, "no_weight_decay", set)(),
         "weight_decay_exclude_1d": weight_decay_exclude_1d,
@@ -107,7 +111,7 @@ def routed(
     if layer_decay is None:
         theirs = param_groups_weight_decay(model, **shared)
     else:
-        scales = {"min_scale": layer_decay_min_scale, "no_opt_scale": layer_decay_no_opt_scale}
+        scales: dict[str, Any] = {"min_scale": layer_decay_min_scale, "no_opt_scale": layer_decay_no_opt_scale}
         theirs = param_groups_layer_decay(model, layer_decay=layer_decay, **scales, **shared)
     said = {id(p): {k: v for k, v in g.items() if k != "params"} for g in theirs for p in g["params"]}
     scalar = routing.get("scalar", "adamw")
@@ -129,11 +133,10 @@ def routed(
 def _wrapped(create_optimizer: Callable[..., Any], names: dict[str, str]) -> Callable[..., Any]:
     @functools.wraps(create_optimizer)
     def create_by_name(model_or_params: Any, opt: str, lr: float | None = None, **options: Any) -> Any:
-        before, _, last = opt.lower().rpartition("lookahead_")
-        name = last.replace("_", "-")
+        name = opt.lower().removeprefix("lookahead_").replace("_", "-")
         if name not in names:
             return create_optimizer(model_or_params, opt, lr=lr, **options)
-        opt = f"lookahead_{name}" if before or last != opt.lower() else name
+        opt = f"lookahead_{name}" if opt.lower().startswith("lookahead_") else name  # timm splits at underscores
         routing = {k: options.pop(k) for k in GROUPING if k in options}
         if isinstance(model_or_params, nn.Module) and options.get("param_group_fn") is None:
             told = {k: options.pop(k) for k in (*_LAYERS, *_PLAIN) if k in options}
