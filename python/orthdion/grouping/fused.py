@@ -131,6 +131,10 @@ def _known_class(named: str, parent: Place, rows: int, cols: int, heads: int | N
     if kind == "LambdaLayer" and heads:
         keys = said(module, "dim_qk") or 0
         return Parts((keys * heads, keys, rows - keys * (heads + 1)), 1, "fused QKV: three hidden matrices")
+    per, d = said(module, "heads_per_kv"), said(module, "head_dim")
+    if per and d and said(module, "r_dim") == per + 2 and rows % ((per + 2) * d) == 0:  # torchtitan's FusedQKVLinear
+        what = "fused QKV, group by group: three hidden matrices"
+        return Parts((per * d, d, d), rows // ((per + 2) * d), what)
     if said(module, "use_global") and rows == 2 * cols:
         return Parts((cols,) * 2, 1, "fused keys and values: two hidden matrices")
     if kind == "LiteMLA" and (d := number(parent, ("dim",), ("-",))) and rows % (3 * d) == 0:
