@@ -1,12 +1,12 @@
-# make demo · make test · make test-all · make lint · make bench · make bench-rust · make gpu-check · make soak
-# make wheel. Each sets up what it needs in .venv.
+# make demo · make test · make test-all · make test-integrations · make lint · make bench · make bench-rust
+# make gpu-check · make soak · make wheel. Each sets up what it needs in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find rust -name '*.rs') Cargo.toml pyproject.toml
 
-.PHONY: demo test test-all lint bench bench-rust gpu-check soak wheel clean setup
+.PHONY: demo test test-all test-integrations lint bench bench-rust gpu-check soak wheel clean setup
 
 demo: $(VENV)/built
 	$(BIN)/orthdion compare --preset demo --out runs/demo
@@ -19,6 +19,10 @@ test: $(VENV)/built
 # What make test leaves out, too: long grids, sanitizers, more architectures.
 test-all: test
 	$(BIN)/python -m pytest -m slow
+
+# With the frameworks of docs/frameworks.md, which make test skips where they are missing.
+test-integrations: $(VENV)/integrations
+	$(BIN)/python -m pytest tests/integrations
 
 lint: $(VENV)/built
 	cargo fmt --check
@@ -58,6 +62,10 @@ $(VENV)/tools: pyproject.toml
 
 $(VENV)/built: $(VENV)/tools $(SOURCES)
 	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked --extras dev,cli
+	touch $@
+
+$(VENV)/integrations: $(VENV)/built
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked --extras dev,cli,integrations
 	touch $@
 
 clean:

@@ -108,3 +108,17 @@ def test_what_it_makes_trains():
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_omegaconfs_containers_will_do_for_options(tmp_path):
+    omegaconf = pytest.importorskip("omegaconf", reason="needs omegaconf")
+    text = (
+        "{optimizer: completed-dion, lr: 0.02, betas: [0.8, 0.9], feedback: [1, 0.7], overrides: {'body.1.*': {lr: 1}}}"
+    )
+    model = Model()
+    optimizer = Factory()(model, **omegaconf.OmegaConf.create(text))
+    group, other = (group_of(optimizer, model.body[i].weight) for i in (0, 1))
+    assert (group["feedback"], group["lr"], other["lr"]) == ((1, 0.7), 0.02, 1)
+    assert group_of(optimizer, model.body[0].bias)["beta1"] == 0.8
+    torch.save(optimizer.state_dict(), tmp_path / "saved")
+    optimizer.load_state_dict(torch.load(tmp_path / "saved", weights_only=True))  # nothing of OmegaConf is in it

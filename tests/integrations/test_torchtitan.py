@@ -1,7 +1,9 @@
 """torchtitan's container, with its own model, its schedulers, its checkpoints by name, stages and frozen weights."""
 
 import pytest
+import stages
 import torch
+from stages import Part
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,36 +20,6 @@ pytest.importorskip("torchtitan.components.optimizer", reason="needs torchtitan"
 from torchtitan.components.optimizer import LRSchedulersContainer, ParamGroupConfig
 
 from orthdion.integrations.torchtitan import OptimizersContainer, config
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(width)
-        self.qkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.w1, self.w2 = nn.Linear(width, 2 * width, bias=False), nn.Linear(2 * width, width, bias=False)
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.attention_norm(x)).chunk(3, -1)
-        x = x + self.wo(nn.functional.scaled_dot_product_attention(q, k, v))
-        return x + self.w2(torch.relu(self.w1(x)))
-
-
-class Part(nn.Module):
-    """A pipeline stage: the layers that it is given, and the ends if it has them. Names are those of the whole."""
-
-    def __init__(self, layers, first=True, last=True, width=8, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.tok_embeddings = nn.Embedding(11, width) if first else None
-        self.layers = nn.ModuleDict({str(i): Block(width) for i in layers})
-        self.norm, self.output = (nn.RMSNorm(width), nn.Linear(width, 11)) if last else (None, None)
-
-    def forward(self, x):
-        x = self.tok_embeddings(x) if self.tok_embeddings is not None else x
-        for layer in self.layers.values():
-            x = layer(x)
-        return self.output(self.norm(x)) if self.output is not None else x
 
 
 def train(parts, container, schedulers, count, start=0):
@@ -255,3 +227,9 @@ def test_what_is_wrong_is_said_with_the_remedy(attempt, message, caplog):
         return
     with pytest.raises((TypeError, ValueError), match=message):
         attempt(Part([0]))
+
+
+def test_sharded_on_two_processes_it_steps_as_one_and_goes_on_with_one(world, tmp_path):
+    for errors in world(2).run(stages.sharded, str(tmp_path)):
+        assert errors["two"] < 1e-10 and errors["one"] < 1e-10, errors
+        assert errors["uneven"] and "state.layers.0.wo.weight.Q" in errors["keys"]
