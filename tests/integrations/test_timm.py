@@ -121,6 +121,10 @@ def test_groups_of_ones_own_are_taken_as_they_are():
         create_optimizer_v2(list(model.parameters()), "completed-dion", lr=0.02)
     with pytest.raises(TypeError, match="leave it out"):
         create_optimizer_v2(model, "completed-dion", lr=0.02, foreach=True)
+    with pytest.raises(TypeError, match=r"pass mu=0\.8"):
+        create_optimizer_v2(model, "completed-dion", lr=0.02, momentum=0.8)
+    optimizer = create_optimizer_v2(model, "completed-dion", lr=0.02, mu=0.8)
+    assert groups_by_name(model, optimizer)["blocks.0.mlp.fc1.weight"]["mu"] == 0.8
 
 
 def test_under_lookahead_it_trains_and_its_checkpoint_goes_on_with_the_same_bits():

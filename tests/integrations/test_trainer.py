@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import trained
 from tiny import language_model, sentences, weights
 
 import orthdion
@@ -125,3 +126,11 @@ def test_as_axolotl_calls_it(tmp_path):
     groups = {g["algorithm"]: g for g in optimizer.param_groups}
     assert groups["orth-dion"]["rank_fraction"] == 0.25 and groups["adamw"]["epsilon"] == 1e-7
     assert groups["adamw"]["beta1"] == args.adam_beta1
+
+
+def test_two_processes_under_ddp_train_as_one_does(world, tmp_path):
+    first, second = world(2).run(trained.run, str(tmp_path / "two"), 4)
+    alone = trained.run(str(tmp_path / "one"), 8)
+    for name, p in alone.items():
+        assert (first[name] == second[name]).all(), name
+        assert abs(first[name] - p).max() < 1e-9, name

@@ -18,6 +18,8 @@ __all__ = ["Registry", "register", "routed"]
 #: What timm's own grouping is told by ``create_optimizer_v2``, beside the weight decay.
 _LAYERS = ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale")
 _PLAIN = ("weight_decay_exclude_1d", "fallback_list", "fallback_no_weight_decay")
+#: What timm passes to every optimizer where nobody says otherwise; it is not told from a wish.
+_MOMENTUM = 0.9
 #: Before names that timm has given to optimizers of its own.
 _PREFIX = "orthdion-"
 
@@ -40,7 +42,8 @@ def register(registry: Registry | None = None) -> dict[str, str]:
 
     timm divides a model's parameters before an optimizer hears of the model. So the registry's ``create_optimizer`` is
     wrapped: for our names it is given :func:`routed` as ``param_group_fn``. What timm says of weight decay, layer decay
-    and fallbacks is kept. For all other names nothing changes. A second call changes nothing.
+    and fallbacks is kept; its ``momentum=0.9`` is dropped, and any other refused. For all other names nothing changes.
+    A second call changes nothing.
 
     Args:
         registry: None: timm's ``default_registry``.
@@ -137,6 +140,8 @@ def _wrapped(create_optimizer: Callable[..., Any], names: dict[str, str]) -> Cal
         if name not in names:
             return create_optimizer(model_or_params, opt, lr=lr, **options)
         opt = f"lookahead_{name}" if opt.lower().startswith("lookahead_") else name  # timm splits at underscores
+        if options.get("momentum", _MOMENTUM) != _MOMENTUM:
+            raise TypeError(f"momentum is called mu by {name}; pass mu={options['momentum']!r}")
         routing = {k: options.pop(k) for k in GROUPING if k in options}
         if isinstance(model_or_params, nn.Module) and options.get("param_group_fn") is None:
             told = {k: options.pop(k) for k in (*_LAYERS, *_PLAIN) if k in options}
