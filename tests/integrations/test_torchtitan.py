@@ -233,3 +233,42 @@ def test_sharded_on_two_processes_it_steps_as_one_and_goes_on_with_one(world, tm
     for errors in world(2).run(stages.sharded, str(tmp_path)):
         assert errors["two"] < 1e-10 and errors["one"] < 1e-10, errors
         assert errors["uneven"] and "state.layers.0.wo.weight.Q" in errors["keys"]
+
+
+def test_its_own_stacks_of_experts_are_upright_and_gates_alternate_as_it_reads_them():
+    from torchtitan.models.gpt_oss import model_registry as oss
+    from torchtitan.models.gpt_oss import moe
+    from torchtitan.models.qwen3 import model_registry as qwen
+
+    with torch.device("meta"):
+        models = [qwen("debugmodel_moe").model.build(), oss("debugmodel").model.build()]
+    for model in models:
+        found = {d.name: d.settings for d in orthdion.param_groups(model).decisions}
+        stacks = {name: p for name, p in model.named_parameters() if p.ndim == 3}
+        assert stacks
+        width = model.tok_embeddings.weight.shape[1]
+        for name, p in stacks.items():
+            keys = found[name]
+            assert keys["algorithm"] == "matrix" and not keys.get("transposed"), name
+            assert (p.shape[1] == width) == ("EDF" in name), name  # what comes out of the last is as wide as the model
+            assert ("split_sizes" in keys) == ("EGD" in name), name
+    (name,) = [n for n in stacks if n.startswith("layers.0.") and n.endswith("_EGD")]
+    keys, rows = found[name], torch.zeros(stacks[name].shape[1], dtype=torch.float64)
+    first, second = rows.view(keys["interleaved"], 2).unbind(1)  # views: as the step divides the rows
+    first += 1.0
+    gated = moe.swiglu(rows, limit=9.0)  # gate 1, linear part 0
+    second += 2.0
+    assert torch.equal(moe.swiglu(rows, limit=9.0), 3.0 * gated) and (gated > 0.7).all()
+
+
+def test_its_own_latent_attention_is_split_as_it_splits_itself():
+    from torchtitan.models.deepseek_v3 import model_registry
+
+    with torch.device("meta"):
+        model = model_registry("debugmodel").model.build()
+    found = {d.name: d.settings for d in orthdion.param_groups(model).decisions}
+    attention = model.layers["0"].attention
+    latent, keys, values = attention.kv_lora_rank, attention.qk_nope_head_dim, attention.v_head_dim
+    first, second = (found[f"layers.0.attention.{name}.weight"] for name in ("wkv_a", "wkv_b"))
+    assert first["split_sizes"] == (latent, attention.qk_rope_head_dim)  # torch.split of its forward pass
+    assert second["split_sizes"] == (keys, values) and second["interleaved"] == attention.n_heads

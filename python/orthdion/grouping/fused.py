@@ -239,10 +239,10 @@ def _gated_query(named: str, parent: Place, rows: int, cols: int) -> Parts | Non
 
 def _latent(named: str, parent: Place, rows: int, cols: int) -> Parts | None:
     """Multi-head latent attention's compressed keys and values."""
-    if named == "kv_a_proj_with_mqa":
+    if named in ("kv_a_proj_with_mqa", "wkv_a"):
         rope = number(parent, ("qk_rope_head_dim",))
         return Parts((rows - rope, rope), 1, "latent and rotary keys: a matrix each") if rope else UNKNOWN
-    if named == "kv_b_proj":
+    if named in ("kv_b_proj", "wkv_b"):
         key, value = number(parent, ("qk_nope_head_dim",)), number(parent, ("v_head_dim",))
         if key and value and rows % (key + value) == 0:
             return Parts(

@@ -18,6 +18,8 @@ __all__ = ["Stack", "stack_of"]
 _GATED = re.compile(r"(gate_up_proj|gate_up|w13|w1_w3|mlp1|w12)(_weight)?")
 _UP = re.compile(r"(gate_proj|up_proj|w1|w3|v1|wi|wi_[01]|gate|up|fc1|w_in|w_gate|w_up|linear1)(_weight)?s?")
 _DOWN = re.compile(r"(down_proj|w2|wo|down|fc2|w_out|mlp2|w_down|linear2)(_weight)?s?")
+#: torchtitan writes a weight's axes behind its name: E experts, D the model's width, F the hidden one, G gate and up.
+_AXES = re.compile(r"_E(FD|DF|GD)$")
 _WIDTHS = ("hidden_size", "hidden_dim", "d_model", "dim", "embed_dim", "n_embd", "model_dim", "input_size")
 #: Sizes by which a module of stacked Linears says what goes in and what comes out.
 _SIDES = (("input_size", "output_size"), ("in_features", "out_features"), ("in_dim", "out_dim"))
@@ -40,7 +42,11 @@ def stack_of(owner: Owner, p: Tensor) -> Stack | None:
     rows = p.shape[2 if transposed else 1]
     if _half_is_read(owner, rows):
         return Stack({**keys, "split_sizes": (rows // 2,) * 2}, f"{why}; gate and up a matrix each")
-    if _GATED.fullmatch(owner.attribute) and rows % 2 == 0 and said(owner.module, "has_gate") is not False:
+    if (
+        _GATED.fullmatch(_AXES.sub("", owner.attribute))
+        and rows % 2 == 0
+        and said(owner.module, "has_gate") is not False
+    ):
         gates = _gates(owner.module, rows)
         if gates is None:
             return Stack(keys, f"{why}; gate and up are fused, layout not known: split_sizes= in overrides splits them")
@@ -58,6 +64,8 @@ def _half_is_read(owner: Owner, rows: int) -> bool:
 
 def _transposed(owner: Owner, p: Tensor) -> tuple[bool, str] | None:
     module, name = owner.module, owner.attribute
+    if _of(module, "torchtitan") and _AXES.search(name):
+        return False, "kept as (out, in)"
     if isinstance(transposed := said(module, "is_transposed"), bool):
         return transposed, "kept as (in, out)" if transposed else "kept as (out, in)"
     if p.shape[1] == p.shape[2] and not _GATED.fullmatch(name) and (_UP.fullmatch(name) or _DOWN.fullmatch(name)):
@@ -126,12 +134,12 @@ def _fits(p: Tensor, rows: int, cols: int) -> bool | None:
 def _gates(module: nn.Module, rows: int) -> dict[str, Any] | None:
     """Gate and up one behind the other, or row by row in turn; None where it is not known."""
     behind = said(module, "is_concatenated")
-    if behind is None and not _of_transformers(module):
+    if behind is None and not (_of(module, "transformers") or _of(module, "torchtitan")):
         return None
     if behind is False or (behind is None and kind_of(module).startswith("GptOss")):
         return {"split_sizes": (1, 1), "interleaved": rows // 2}
     return {"split_sizes": (rows // 2,) * 2}
 
 
-def _of_transformers(module: nn.Module) -> bool:
-    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+def _of(module: nn.Module, library: str) -> bool:
+    return any(kind.__module__.startswith(f"{library}.") for kind in type(module).__mro__)
