@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from .core.optimizer import MatrixOptimizer
 from .core.registry import rules
 from .core.rule import Rule
-from .grouping import ParamGroups, param_groups
+from .grouping import param_groups
 from .optim import OPTIMIZERS
 
-__all__ = ["OptimizerInfo", "create", "groups_for", "list_optimizers"]
+__all__ = ["GROUPING", "OptimizerInfo", "create", "grouping_of", "list_optimizers"]
 
-_GROUPING = ("scalar", "scalar_lr", "overrides", "per_head", "require_matrices")
+#: Keywords of :func:`orthdion.param_groups`.
+GROUPING = ("scalar", "scalar_lr", "overrides", "per_head", "require_matrices")
 
 
 @dataclass(frozen=True)
@@ -94,30 +95,27 @@ def create(
     kind = _kind(optimizer)
     params: Any = model
     if isinstance(model, nn.Module):
-        params = groups_for(optimizer, model, options)
+        params = param_groups(model, **grouping_of(optimizer, options))
     if isinstance(kind, type) and issubclass(kind, Rule):
         return MatrixOptimizer(params, kind, **options)
     made: MatrixOptimizer = kind(params, **options)
     return made
 
 
-def groups_for(
-    optimizer: str | type[Rule] | type[MatrixOptimizer], model: nn.Module, options: dict[str, Any]
-) -> ParamGroups:
-    """The groups that :func:`create` makes of a module; takes what is of :func:`orthdion.param_groups` out of the
-    options.
+def grouping_of(optimizer: str | type[Rule] | type[MatrixOptimizer], options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the keywords of :func:`orthdion.param_groups` out of an optimizer's options, and adds those that follow.
 
     Raises:
-        ValueError: as :func:`create`.
+        ValueError: for an unknown name.
     """
-    grouping = {k: options.pop(k) for k in _GROUPING if k in options}
+    grouping = {k: options.pop(k) for k in GROUPING if k in options}
     kind = _kind(optimizer)
     rule = kind if issubclass(kind, Rule) else kind.rule
     if rule is not None and (rule.elementwise or options.get("adjust_lr") == "match_rms_adamw"):
         grouping.setdefault("scalar_lr", options.get("lr", rule.lr))  # one rate for everything
     if rule is not None and rule.elementwise:
         grouping.setdefault("require_matrices", False)
-    return param_groups(model, **grouping)
+    return grouping
 
 
 def _kind(optimizer: str | type[Rule] | type[MatrixOptimizer]) -> Any:

@@ -33,7 +33,7 @@ def test_the_class_and_an_instance_are_called_as_trainers_call_them():
         assert group_of(optimizer, model.body[0].weight)["algorithm"] == "muon"
         for p in (model.embedding.weight, model.head.weight, model.body[0].bias):
             assert group_of(optimizer, p)["algorithm"] == "adamw"
-        assert {g["lr"] for g in optimizer.param_groups} == {0.02}
+        assert {(g["algorithm"], g["lr"]) for g in optimizer.param_groups} == {("muon", 0.02), ("adamw", 0.001)}
 
 
 def test_training_arguments_count_where_options_say_nothing():
@@ -49,7 +49,7 @@ def test_training_arguments_count_where_options_say_nothing():
     model = Model()
     optimizer = Factory("muon", ARGS, lr=0.5)(model, weight_decay=0.0, betas=(0.6, 0.61), eps=1e-3)
     plain = group_of(optimizer, model.body[0].bias)
-    assert (plain["lr"], plain["beta1"], plain["beta2"], plain["epsilon"]) == (0.5, 0.6, 0.61, 1e-3)
+    assert (plain["lr"], plain["beta1"], plain["beta2"], plain["epsilon"]) == (0.001, 0.6, 0.61, 1e-3)
     assert all(g["weight_decay"] == 0.0 for g in optimizer.param_groups)
     optimizer = Factory("adamw", ARGS)(model)
     assert {(g["beta1"], g["epsilon"]) for g in optimizer.param_groups} == {(0.8, 1e-5)}

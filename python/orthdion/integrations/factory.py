@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import logging
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, cast, overload
 
 from torch import nn
 
 from ..core.groups import MATRIX
 from ..core.optimizer import MatrixOptimizer
 from ..core.rule import Rule
-from ..create import create, groups_for
+from ..create import create, grouping_of
+from ..grouping import param_groups
 from ..optim import OPTIMIZERS, AdamW
 
 __all__ = ["Factory", "TrainingArguments"]
@@ -43,8 +44,8 @@ class Factory:
         training_args: transformers' ``TrainingArguments``, or axolotl's. ``learning_rate`` and ``weight_decay`` are the
             optimizer's unless options say otherwise; ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are those of
             its AdamW groups. transformers does not pass them to a factory by itself; axolotl does.
-        options: of the optimizer, and those of :func:`orthdion.param_groups`. ``eps`` is ``epsilon``. Strings that spell a number or a truth value are
-            read as such, since that is what comes out of a configuration file.
+        options: of the optimizer, and those of :func:`orthdion.param_groups`. ``eps`` is ``epsilon``. Strings that
+            spell a number or a truth value are read as such, since that is what comes out of a configuration file.
 
     Example:
         >>> kw = {"optimizer": "completed-dion", "lr": 0.02, "scalar_lr": 0.003}
@@ -102,9 +103,7 @@ class Factory:
                 "lr is missing: transformers does not pass its TrainingArguments to a factory, so their learning_rate "
                 'would have no effect; add "lr": 0.02 or "training_args": args to its keywords'
             )
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        groups = groups_for(optimizer, model, given)
+        groups = param_groups(cast(nn.Module, model), **grouping_of(optimizer, given))  # which refuses what is none
         _log.info("%s", groups)
         if args is not None:
             _adam(groups, optimizer, args, given)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..core.groups import MATRIX
 from ..core.optimizer import MatrixOptimizer
-from ..create import GROUPING, create, list_optimizers
+from ..core.registry import find
+from ..create import GROUPING, create, grouping_of, list_optimizers
 from ..grouping import param_groups
 
 __all__ = ["Registry", "register", "routed"]
@@ -96,7 +97,7 @@ def routed(
         weight_decay_exclude_1d: whether one-dimensional parameters do without decay.
         fallback_list: patterns of names that go to AdamW (or Lion, by ``scalar``) though they are hidden matrices.
         fallback_no_weight_decay: whether what is in the model's ``no_weight_decay()`` does, too.
-        routing: ``scalar``, ``scalar_lr``, ``lr``, ``overrides``, ``per_head`` of :func:`orthdion.param_groups`.
+        routing: ``scalar``, ``scalar_lr``, ``overrides``, … of :func:`orthdion.param_groups`.
 
     Raises:
         ModuleNotFoundError: if timm is not installed.
@@ -125,7 +126,7 @@ def routed(
             own = keys
             if said[id(p)].get("use_fallback") and keys["algorithm"] == MATRIX:
                 rate = routing.get("scalar_lr")
-                own = {"algorithm": scalar, **({} if rate is None else {"lr": rate})}
+                own = {"algorithm": scalar, "lr": find(scalar).lr if rate is None else rate}
             merged = {**said[id(p)], **own}
             group = found.setdefault(repr(sorted(merged.items())), {"params": [], "param_names": [], **merged})
             group["params"].append(p)
@@ -142,14 +143,17 @@ def _wrapped(create_optimizer: Callable[..., Any], names: dict[str, str]) -> Cal
         opt = f"lookahead_{name}" if opt.lower().startswith("lookahead_") else name  # timm splits at underscores
         if options.get("momentum", _MOMENTUM) != _MOMENTUM:
             raise TypeError(f"momentum is called mu by {name}; pass mu={options['momentum']!r}")
-        routing = {k: options.pop(k) for k in GROUPING if k in options}
+        asked = [k for k in GROUPING if k in options]
+        given = options if lr is None else {**options, "lr": lr}
+        routing = grouping_of(names[name], given)
+        options = {k: v for k, v in given.items() if k != "lr"}
         if isinstance(model_or_params, nn.Module) and options.get("param_group_fn") is None:
             told = {k: options.pop(k) for k in (*_LAYERS, *_PLAIN) if k in options}
             told["weight_decay"] = options.get("weight_decay", 0.0)
-            options["param_group_fn"] = functools.partial(routed, lr=lr, **told, **routing)
-        elif routing:
+            options["param_group_fn"] = functools.partial(routed, **told, **routing)
+        elif asked:
             raise TypeError(
-                f"{next(iter(routing))} is for a model that is divided here; pass the model without param_group_fn, or "
+                f"{asked[0]} is for a model that is divided here; pass the model without param_group_fn, or "
                 "give it to orthdion.param_groups"
             )
         return create_optimizer(model_or_params, opt, lr=lr, **options)

@@ -17,7 +17,7 @@ from ..core.options import names_of
 from ..core.registry import rules
 from ..core.rule import Rule
 from ..core.signature import Common, bound
-from ..create import GROUPING, create
+from ..create import GROUPING, create, grouping_of
 from ..grouping import ParamGroups, param_groups
 from ..optim import OPTIMIZERS
 
@@ -34,7 +34,7 @@ class OptimizersContainer(_titan.OptimizersContainer):  # type: ignore[misc]
     The parameters that such a group's pattern matches are divided as :func:`orthdion.param_groups` says, in each model
     part by itself: hidden matrices go to the named rule, all others to AdamW. So one pattern, ``.*``, does for every
     pipeline stage, one without matrices too. ``optimizer_kwargs`` are the rule's options, ``betas`` and ``epsilon`` of
-    AdamW, and ``scalar``, ``scalar_lr``, ``overrides``, ``per_head``. What is an optimizer's and no group's
+    AdamW, and those of :func:`orthdion.param_groups`. What is an optimizer's and no group's
     (``seed``, ``momentum_dtype``, ``backend``, …) stands in ``optimizer_factory_kwargs_by_name``. torchtitan's own
     names mean what they mean there. :func:`config` writes the usual case.
 
@@ -91,7 +91,7 @@ def config(optimizer: str, *, lr: float, **options: Any) -> Any:
 
     Args:
         optimizer: a registered name (:func:`orthdion.list_optimizers`).
-        lr: of its rule; and of AdamW's groups unless ``scalar_lr`` says otherwise.
+        lr: of its rule. That of AdamW's groups is ``scalar_lr``, 0.001 if left out.
         options: of the optimizer and of :func:`orthdion.param_groups`.
 
     Raises:
@@ -140,9 +140,9 @@ def _divided(model: nn.Module, name: str, group: dict[str, Any], impl_kwargs: di
     """A group of torchtitan's, divided among the rule of that name and its companions."""
     names = {id(p): n for p, n in zip(group["params"], group["param_names"], strict=True)}
     wanted = {k: v for k, v in group.items() if k not in ("params", "param_names", *impl_kwargs)}
-    routing = {k: wanted.pop(k) for k in GROUPING if k in wanted}
+    routing = {"require_matrices": False, **grouping_of(name, wanted)}  # a stage may have none
     options, found = _checked(name, wanted), []
-    for ours in _routed(model, wanted.get("lr"), routing):
+    for ours in _routed(model, routing):
         kind = _rule(name if ours["algorithm"] == MATRIX else ours["algorithm"])
         known = {k: v for k, v in options.items() if k in names_of(kind)}
         params = [p for p in ours["params"] if id(p) in names]
@@ -152,13 +152,15 @@ def _divided(model: nn.Module, name: str, group: dict[str, Any], impl_kwargs: di
     return found
 
 
-def _routed(model: nn.Module, lr: float | None, routing: dict[str, Any]) -> ParamGroups:
+def _routed(model: nn.Module, routing: dict[str, Any]) -> ParamGroups:
     """The groups of a model part, which need not have what every pattern of ``overrides`` is for."""
     overrides = routing.get("overrides")
     if overrides:
-        names = [d.name for d in param_groups(model).decisions] + [name for name, _ in model.named_parameters()]
+        names = [d.name for d in param_groups(model, require_matrices=False).decisions] + [
+            name for name, _ in model.named_parameters()
+        ]
         absent = [pattern for pattern in overrides if not fnmatch.filter(names, pattern)]
         if absent:
             _log.warning("overrides: no parameter of this model part matches %s", ", ".join(map(repr, absent)))
         routing = {**routing, "overrides": {k: v for k, v in overrides.items() if k not in absent}}
-    return param_groups(model, lr=lr, **routing)
+    return param_groups(model, **routing)
