@@ -34,6 +34,8 @@ pub struct Settings {
     pub lr: f64,
     /// λ
     pub weight_decay: f64,
+    /// Decay only entries that the step does not push away from zero.
+    pub cautious: bool,
     /// β₁
     pub beta1: f64,
     /// β₂
@@ -196,11 +198,18 @@ impl<T: Real> Kernel for Update<'_, '_, T> {
         let (c1, c2) = (T::of(1.0 - s.beta1), T::of(1.0 - s.beta2));
         let (lr, decay) = (T::of(s.lr), T::of(1.0 - s.lr * s.weight_decay));
         let one = T::of(1.0);
+        let first = if s.cautious { one } else { decay };
+        // `u` has the sign of what is subtracted.
+        let kept = |x: T, u: T| {
+            let zero = T::default();
+            let against = (x > zero && u < zero) || (x < zero && u > zero);
+            if s.cautious && !against { decay * x } else { x }
+        };
         let sign = T::of(if s.maximize { -1.0 } else { 1.0 });
         piece.chunks(|at, len| {
             // SAFETY: a piece's chunks lie inside its tensor's views, and pieces are disjoint.
             unsafe {
-                piece.line(t.x.raw(), at).scaled(x.as_mut_ptr(), len, decay);
+                piece.line(t.x.raw(), at).scaled(x.as_mut_ptr(), len, first);
                 piece.line(t.g, at).scaled(g.as_mut_ptr(), len, sign);
                 piece.line(t.m.raw(), at).scaled(m.as_mut_ptr(), len, one);
             }
@@ -217,7 +226,7 @@ impl<T: Real> Kernel for Update<'_, '_, T> {
                         m[i] = b1 * m[i] + c1 * g[i];
                         let next = b2 * v[i] + c2 * (g[i] * g[i]);
                         v[i] = if next > most { most } else { next }; // an infinite variance would stay so for ever
-                        x[i] = x[i] - step * m[i] / (v[i].sqrt() * root + eps);
+                        x[i] = kept(x[i], m[i]) - step * m[i] / (v[i].sqrt() * root + eps);
                     }
                     // SAFETY: as above.
                     unsafe { piece.line(var.raw(), at).write(v.as_ptr(), len) };
@@ -228,7 +237,7 @@ impl<T: Real> Kernel for Update<'_, '_, T> {
                         let zero = T::default();
                         let up = if u > zero { lr } else { zero };
                         let down = if u < zero { lr } else { zero };
-                        x[i] = x[i] - up + down;
+                        x[i] = kept(x[i], u) - up + down;
                         m[i] = b2 * m[i] + c2 * g[i];
                     }
                 }
@@ -256,33 +265,41 @@ mod tests {
             let [x0, g, m0] = [1, 2, 3].map(|s| noise(s, len));
             let v0: Vec<f64> = noise(4, len).iter().map(|x| x.abs()).collect();
             for rule in [Rule::AdamW { correction1: 0.4, correction2: 0.1, epsilon: 1e-3 }, Rule::Lion] {
-                let (mut x, mut m, mut v) = (x0.clone(), m0.clone(), v0.clone());
-                let s =
-                    Settings { rule, lr: 0.1, weight_decay: 0.3, beta1: 0.8, beta2: 0.9, maximize: false };
-                let shape = (rows, cols);
-                let tensor = Tensor {
-                    x: MatMut::new(&mut x, shape, strides).unwrap(),
-                    g: Mat::new(&g, shape, strides).unwrap(),
-                    m: MatMut::new(&mut m, shape, strides).unwrap(),
-                    v: Some(MatMut::new(&mut v, shape, strides).unwrap()),
-                };
-                step::<f64>(Context::new(2), &mut [(tensor, s)], &mut [false]).unwrap();
-                for i in 0..rows {
-                    for j in 0..cols {
-                        let at = i * strides.0 + j * strides.1;
-                        let (wm, wv, wx) = match rule {
-                            Rule::AdamW { .. } => {
-                                let wm = 0.8 * m0[at] + 0.2 * g[at];
-                                let wv = 0.9 * v0[at] + 0.1 * g[at] * g[at];
-                                (wm, wv, 0.97 * x0[at] - 0.1 * (wm / 0.4) / ((wv / 0.1).sqrt() + 1e-3))
+                for cautious in [false, true] {
+                    let (mut x, mut m, mut v) = (x0.clone(), m0.clone(), v0.clone());
+                    let s = Settings {
+                        rule,
+                        lr: 0.1,
+                        weight_decay: 0.3,
+                        cautious,
+                        beta1: 0.8,
+                        beta2: 0.9,
+                        maximize: false,
+                    };
+                    let shape = (rows, cols);
+                    let tensor = Tensor {
+                        x: MatMut::new(&mut x, shape, strides).unwrap(),
+                        g: Mat::new(&g, shape, strides).unwrap(),
+                        m: MatMut::new(&mut m, shape, strides).unwrap(),
+                        v: Some(MatMut::new(&mut v, shape, strides).unwrap()),
+                    };
+                    step::<f64>(Context::new(2), &mut [(tensor, s)], &mut [false]).unwrap();
+                    for i in 0..rows {
+                        for j in 0..cols {
+                            let at = i * strides.0 + j * strides.1;
+                            let u = 0.8 * m0[at] + 0.2 * g[at];
+                            let kept = if cautious && u * x0[at] < 0.0 { x0[at] } else { 0.97 * x0[at] };
+                            let (wm, wv, wx) = match rule {
+                                Rule::AdamW { .. } => {
+                                    let wm = u;
+                                    let wv = 0.9 * v0[at] + 0.1 * g[at] * g[at];
+                                    (wm, wv, kept - 0.1 * (wm / 0.4) / ((wv / 0.1).sqrt() + 1e-3))
+                                }
+                                Rule::Lion => (0.9 * m0[at] + 0.1 * g[at], v0[at], kept - 0.1 * u.signum()),
+                            };
+                            for (got, want) in [(m[at], wm), (v[at], wv), (x[at], wx)] {
+                                assert!((got - want).abs() < 1e-13, "{rule:?} {got} {want}");
                             }
-                            Rule::Lion => {
-                                let u = 0.8 * m0[at] + 0.2 * g[at];
-                                (0.9 * m0[at] + 0.1 * g[at], v0[at], 0.97 * x0[at] - 0.1 * u.signum())
-                            }
-                        };
-                        for (got, want) in [(m[at], wm), (v[at], wv), (x[at], wx)] {
-                            assert!((got - want).abs() < 1e-13, "{rule:?} {got} {want}");
                         }
                     }
                 }
@@ -300,6 +317,7 @@ mod tests {
             rule: Rule::Lion,
             lr: 0.1,
             weight_decay: 0.0,
+            cautious: false,
             beta1: 0.9,
             beta2: 0.9,
             maximize: false,

@@ -17,18 +17,22 @@ from orthdion.core.registry import rules
 from orthdion.optim import OPTIMIZERS
 from orthdion.requests import Matrix, Update
 
+CAUTIOUS = {"cautious_weight_decay": (False, True)}
 FORMS = {
-    "dion": pairwise(right_factor=("column", "qr", "polar"), feedback=(*FEEDBACK, (0.9, 0.3)), maximize=(False, True)),
-    "orth-dion": pairwise(right_factor=("column", "qr", "polar"), feedback=(*FEEDBACK, (0.9, 0.3))),
+    "dion": pairwise(
+        right_factor=("column", "qr", "polar"), feedback=(*FEEDBACK, (0.9, 0.3)), maximize=(False, True), **CAUTIOUS
+    ),
+    "orth-dion": pairwise(right_factor=("column", "qr", "polar"), feedback=(*FEEDBACK, (0.9, 0.3)), **CAUTIOUS),
     "completed-dion": pairwise(
         residual=("normalized", "linear"),
         right_factor=("column", "qr", "polar"),
         nesterov=(False, True),
         feedback=(*FEEDBACK, (0.9, 0.3)),
         residual_scale=(0.5, 2.0),
+        **CAUTIOUS,
     ),
-    "adamw": pairwise(beta1=(0.8, 0.9), beta2=(0.9, 0.95), epsilon=(1e-8, 1e-3), maximize=(False, True)),
-    "lion": pairwise(beta1=(0.8, 0.9), beta2=(0.9, 0.95), maximize=(False, True)),
+    "adamw": pairwise(beta1=(0.8, 0.9), beta2=(0.9, 0.95), epsilon=(1e-8, 1e-3), maximize=(False, True), **CAUTIOUS),
+    "lion": pairwise(beta1=(0.8, 0.9), beta2=(0.9, 0.95), maximize=(False, True), **CAUTIOUS),
 }
 
 
@@ -67,6 +71,28 @@ class TestEveryOptimizer:
             assert type(o) is OPTIMIZERS[name]
         assert o.param_groups[0]["lr"] == 0.5
         assert {i.name for i in orthdion.list_optimizers()} >= set(OPTIMIZERS)
+
+    @pytest.mark.parametrize("backend", ["rust", "torch"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_careful_decay_spares_entries_that_the_step_pushes_away_from_zero(self, name, backend, dtype):
+        found = {}
+        for decay, careful in ((0.0, False), (0.5, False), (0.5, True)):
+            params = [parameter(randn(*s, seed=1, dtype=dtype)) for s in ((40, 24), (24, 70))]
+            o = orthdion.create(
+                name, params, lr=0.1, weight_decay=decay, cautious_weight_decay=careful, backend=backend
+            )
+            for p in params:
+                p.grad = randn(*p.shape, seed=2, dtype=dtype)
+            o.step()
+            found[decay, careful] = [p.detach().double() for p in params]
+        for bare, plain, careful, p in zip(*found.values(), params, strict=True):
+            x = randn(*p.shape, seed=1, dtype=dtype).double()
+            away = (bare - x) * x > 0
+            assert 0 < int(away.sum()) < away.numel()
+            expected = torch.where(away, bare, plain)
+            steady = (bare - x).abs() > 1e-4  # a step so small that rounding hides its sign may be either
+            error, unit = (careful - expected).abs()[steady], torch.finfo(dtype).eps
+            assert bool((error <= 2.0 * unit * x.abs()[steady].clamp_min(0.1)).all())
 
     def test_a_zero_gradient_is_only_the_decay_and_nan_is_counted(self, name):
         p, other = parameter(randn(12, 8), torch.zeros(12, 8)), parameter(randn(8, 8), randn(8, 8, seed=2))

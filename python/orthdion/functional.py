@@ -112,6 +112,7 @@ def step(
     ranks = (state[name].shape[spec.axes.index("rank")] for name, spec in made.states.items() if "rank" in spec.axes)
     scale = made.scale(x.shape[0], x.shape[1], next(ranks, made.rank(*x.shape)))
     w = Matrix(seen, grad, views, tuple(seen.shape), tuple(x.shape), scale)  # type: ignore[arg-type]
+    w.cautious = made.cautious_weight_decay
     w.precision = Precision.of(x.dtype, compute_dtype)  # type: ignore[arg-type]
     form = made.fused(bfloat16=compute_dtype == "bfloat16")
     if form is not None and type(form) in there.fused and not there.deferred:

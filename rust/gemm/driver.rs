@@ -37,6 +37,8 @@ pub(crate) struct Product<'a, 'b, T> {
     pub(crate) alpha: f64,
     pub(crate) beta: f64,
     pub(crate) plus: Terms<'a>,
+    /// β only where what is added goes against `out`'s sign: elsewhere 1.
+    pub(crate) cautious: bool,
     /// Receives Σ_k rhs[k, j]², one number a column.
     pub(crate) sums: Option<&'a mut [f64]>,
     pub(crate) region: Region,
@@ -57,6 +59,7 @@ impl<'a, 'b, T: Real> Product<'a, 'b, T> {
             alpha: 1.0,
             beta: 0.0,
             plus: Terms::none(),
+            cautious: false,
             sums: None,
             region: Region::All,
             joined: false,
@@ -90,6 +93,7 @@ impl<'a, 'b, T: Real> Product<'a, 'b, T> {
                 alpha: T::of(self.alpha),
                 beta: T::of(self.beta),
                 plus: self.plus,
+                cautious: self.cautious,
             },
             sums,
             region: self.region,

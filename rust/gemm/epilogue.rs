@@ -11,6 +11,8 @@ pub(super) struct Epilogue<'a, T> {
     pub(super) alpha: T,
     pub(super) beta: T,
     pub(super) plus: Terms<'a>,
+    /// β only where the sum does not push `out` away from zero: elsewhere 1.
+    pub(super) cautious: bool,
 }
 
 impl<T: Real> Epilogue<'_, T> {
@@ -31,6 +33,11 @@ impl<T: Real> Epilogue<'_, T> {
     /// The elements lie inside `out` and `plus`, nobody else uses them, and `acc` holds `rows` elements.
     #[inline(always)]
     pub(super) unsafe fn line(&self, (i, j): (usize, usize), acc: *mut T, rows: usize) {
+        if self.cautious {
+            // SAFETY: the caller's.
+            unsafe { self.with_care((i, j), acc, rows) };
+            return;
+        }
         let out = Line::down(self.out, i, j);
         // SAFETY: the caller's, for every branch.
         unsafe {
@@ -109,6 +116,34 @@ impl<T: Real> Epilogue<'_, T> {
         }
     }
 
+    /// `out ← β·out + sum` where the sum goes against `out`'s sign (or one of them is zero), `out + sum` elsewhere.
+    ///
+    /// # Safety
+    /// As [`Epilogue::line`].
+    #[inline(always)]
+    unsafe fn with_care(&self, (i, j): (usize, usize), acc: *mut T, rows: usize) {
+        const CHUNK: usize = 64;
+        let one = T::of(1.0);
+        // SAFETY: the caller's; chunks lie inside the line.
+        unsafe {
+            for k in 0..rows {
+                *acc.add(k) = self.alpha * *acc.add(k);
+            }
+            self.plus.read((i, j), true, acc, rows, true);
+            let mut old = [T::default(); CHUNK];
+            for from in (0..rows).step_by(CHUNK) {
+                let len = CHUNK.min(rows - from);
+                let (out, sum) = (Line::down(self.out, i + from, j), acc.add(from));
+                out.scaled(old.as_mut_ptr(), len, one);
+                for (k, x) in old.iter().enumerate().take(len) {
+                    let keep = if same_sign(*x, *sum.add(k)) { one } else { self.beta };
+                    *sum.add(k) = keep * *x + *sum.add(k);
+                }
+                out.write(sum, len);
+            }
+        }
+    }
+
     /// Any storage types and strides, in working precision within `acc`.
     ///
     /// # Safety
@@ -128,4 +163,11 @@ impl<T: Real> Epilogue<'_, T> {
             out.write(acc, rows);
         }
     }
+}
+
+/// Whether neither is zero and both have one sign; a product of theirs might vanish.
+#[inline(always)]
+pub(crate) fn same_sign<T: Real>(x: T, y: T) -> bool {
+    let zero = T::default();
+    (x > zero && y > zero) || (x < zero && y < zero)
 }

@@ -15,6 +15,7 @@ use pyo3::prelude::*;
 pub(super) struct LowRankOptions {
     lr: f64,
     weight_decay: f64,
+    cautious: bool,
     a: f64,
     b: f64,
     right_factor: String,
@@ -41,6 +42,7 @@ impl LowRankOptions {
         Ok(Options {
             lr: self.lr,
             weight_decay: self.weight_decay,
+            cautious: self.cautious,
             a: self.a,
             b: self.b,
             right: match self.right_factor.as_str() {
@@ -124,6 +126,7 @@ pub(super) struct ElementwiseOptions {
     rule: String,
     lr: f64,
     weight_decay: f64,
+    cautious: bool,
     beta1: f64,
     beta2: f64,
     epsilon: f64,
@@ -161,8 +164,8 @@ impl ElementwiseOptions {
         } else {
             return Err(bad(format!("steps must be counted from 1, but one is {t}")));
         };
-        let &ElementwiseOptions { lr, weight_decay, beta1, beta2, maximize, .. } = self;
-        Ok(Settings { rule, lr, weight_decay, beta1, beta2, maximize })
+        let &ElementwiseOptions { lr, weight_decay, cautious, beta1, beta2, maximize, .. } = self;
+        Ok(Settings { rule, lr, weight_decay, cautious, beta1, beta2, maximize })
     }
 }
 

@@ -42,6 +42,19 @@ impl<'a, T: Real> Side<'a, T> {
 
     /// `out ← beta·out + alpha·left·sideᵀ + plus`, on one thread.
     fn product(&self, cx: Context, alpha: f64, left: Mat<'_>, beta: f64, out: MatMut<'_>, plus: Terms<'_>) {
+        self.write(cx, alpha, left, (beta, false), out, plus);
+    }
+
+    /// The same; where `cautious`, beta only where what is added goes against `out`'s sign.
+    fn write(
+        &self,
+        cx: Context,
+        alpha: f64,
+        left: Mat<'_>,
+        (beta, cautious): (f64, bool),
+        out: MatMut<'_>,
+        plus: Terms<'_>,
+    ) {
         let own;
         let (lhs, rhs, out, plus) = match &self.packed {
             Some(packed) => (packed, left.t(), out.t(), plus.t()),
@@ -50,7 +63,7 @@ impl<'a, T: Real> Side<'a, T> {
                 (&own, self.view.t(), out, plus)
             }
         };
-        Product { alpha, beta, plus, ..Product::new(lhs, Terms::one(rhs), out) }.run(cx);
+        Product { alpha, beta, plus, cautious, ..Product::new(lhs, Terms::one(rhs), out) }.run(cx);
     }
 }
 
@@ -144,7 +157,7 @@ pub(super) fn write<T: Real>(
     let panel_rows = ((128 * 1024 / n.max(1)).clamp(24, 192) / 24 * 24).min(rows);
     let (x, m) = (x.raw(), m.raw());
     let step = -o.lr * scale;
-    let decay = 1.0 - o.lr * o.weight_decay;
+    let decay = (1.0 - o.lr * o.weight_decay, o.cautious && o.weight_decay > 0.0);
     let serial = cx.serial();
     pool::for_each(cx.threads, rows.div_ceil(panel_rows), &|panel| {
         let range = panel * panel_rows..rows.min((panel + 1) * panel_rows);
@@ -156,8 +169,8 @@ pub(super) fn write<T: Real>(
         let p = f.p.row_range(range.clone());
         let b = f.b.row_range(range.clone());
         match plan {
-            Plan::None => head.product(serial, step, p, decay, part(x), Terms::none()),
-            Plan::Linear(alpha) => head.product(serial, step, p, decay, part(x), b.scaled(step * alpha)),
+            Plan::None => head.write(serial, step, p, decay, part(x), Terms::none()),
+            Plan::Linear(alpha) => head.write(serial, step, p, decay, part(x), b.scaled(step * alpha)),
             Plan::Normalized { columns, weight, rows, fade } => {
                 let strides = if x_row_major { (n as isize, 1) } else { (1, range.len() as isize) };
                 let mut t = Scratch::<T>::new(range.len() * n);
@@ -176,7 +189,7 @@ pub(super) fn write<T: Real>(
                     kind: Default::default(),
                 });
                 let n_of_t = Terms::one(t.as_ref()).scaled(step * weight);
-                head.product(serial, step, p, decay, part(x), n_of_t);
+                head.write(serial, step, p, decay, part(x), n_of_t);
             }
         }
         let (m, g) = (part(m), g.row_range(range.clone()));

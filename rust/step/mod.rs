@@ -46,6 +46,8 @@ pub struct Options {
     pub lr: f64,
     /// λ
     pub weight_decay: f64,
+    /// Decay only entries that the step does not push away from zero.
+    pub cautious: bool,
     /// What is kept of the residual.
     pub a: f64,
     /// What is kept of the captured part.

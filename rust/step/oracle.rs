@@ -125,7 +125,11 @@ pub(super) fn oracle(
             }
         }
     }
-    let x = x.mix(1.0 - o.lr * o.weight_decay, -o.lr * scale, &d);
+    let plain = x.mix(1.0 - o.lr * o.weight_decay, -o.lr * scale, &d);
+    let bare = x.mix(1.0, -o.lr * scale, &d);
+    let against = |i: usize| o.cautious && x.data[i] * d.data[i] < 0.0;
+    let kept = (0..x.data.len()).map(|i| if against(i) { bare.data[i] } else { plain.data[i] }).collect();
+    let x = Dense::new(x.rows, x.cols, kept);
     let m = plus.mix(o.a, -(o.a - o.b), &p.times(&plus.t().times(&p).t()));
     (x, m, v)
 }

@@ -11,6 +11,7 @@ pub(super) fn options(right: RightFactor, tail: Tail) -> Options {
     Options {
         lr: 0.1,
         weight_decay: 0.2,
+        cautious: false,
         a: 0.95,
         b: 0.6,
         right,
@@ -59,7 +60,8 @@ fn every_option_equals_the_oracle_in_both_precisions_and_layouts() {
             for tail in TAILS {
                 for nesterov in [None, Some(0.9), Some(0.0)] {
                     for (a, b) in [(0.95, 0.6), (0.95, 0.95), (1.0, 0.95), (0.95, 0.0)] {
-                        let o = Options { nesterov, a, b, ..options(right, tail) };
+                        let cautious = b == 0.6 || b == 0.0;
+                        let o = Options { nesterov, a, b, cautious, ..options(right, tail) };
                         for row_major in [true, false] {
                             let double = compare::<f64, f64>((33, 21, 6), row_major, &o, 3, cx);
                             assert!(double < 1e-10, "{o:?} {isa:?}: {double:e}");

@@ -140,6 +140,8 @@ def test_strided_shards_of_fsdp_over_tensor_parallel(world, optimizer, fused):
         {"compute_dtype": "bfloat16"},
         {"momentum_dtype": torch.bfloat16, "q_dtype": torch.bfloat16},
         {"maximize": True, "nesterov": True, "feedback": (0.9, 0.5)},
+        {"cautious_weight_decay": True},
+        {"cautious_weight_decay": True, "residual": "linear"},
     ],
     ids=str,
 )

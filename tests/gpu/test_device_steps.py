@@ -55,7 +55,12 @@ def distance(ours, theirs):
 
 
 OPTIONS = pairwise(
-    right_factor=RIGHTS, residual=RESIDUALS, feedback=FEEDBACKS, nesterov=(False, True), maximize=(False, True)
+    right_factor=RIGHTS,
+    residual=RESIDUALS,
+    feedback=FEEDBACKS,
+    nesterov=(False, True),
+    maximize=(False, True),
+    cautious_weight_decay=(False, True),
 )
 
 
@@ -153,14 +158,16 @@ def test_stacks_convolutions_blocks_strides_and_vectors(shim):
 
 @pytest.mark.parametrize("algorithm", ["adamw", "lion"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_vectors_equal_plain_torch(shim, algorithm, dtype):
+@pytest.mark.parametrize("cautious", [False, True])
+def test_many_vectors_equal_plain_torch(shim, algorithm, dtype, cautious):
     shapes = [(3,), (5000,), (1,), (4096,), (33, 7), *((k + 1,) for k in range(80))]
 
     def go(backend):
         params = [parameter(randn(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes)]
         o = orthdion.OrthDion(
-            [{"params": params, "algorithm": algorithm}],
+            [{"params": params, "algorithm": algorithm, "cautious_weight_decay": cautious}],
             lr=0.01,
+            weight_decay=0.3,
             backend=backend,
             momentum_dtype=torch.float32,
         )

@@ -18,7 +18,7 @@ import torch
 
 from orthdion.train import TrainConfig
 
-from .worker import PATIENCE, Leg, leg
+from .worker import PATIENCE, Leg, leg, stacks
 
 __all__ = ["Campaign", "Figures", "Kind", "choose"]
 
@@ -162,7 +162,8 @@ class Campaign:
             if at is not None:
                 latest = time.monotonic() + LONGEST
                 while step.value < at and processes[0].is_alive():
-                    assert time.monotonic() < latest, f"{told} hangs before step {at}"
+                    if time.monotonic() >= latest:
+                        raise AssertionError(f"{told} hangs before step {at}: {_where(told, processes)}")
                     time.sleep(0.003)
                 time.sleep(self.draw.uniform(0.0, 0.1 if at > 0 else 3.0))
                 alive = [p for p in processes if p.is_alive()]
@@ -182,7 +183,8 @@ class Campaign:
         answers: list[Any] = [None] * told.size
         for rank, (pipe, process) in enumerate(zip(pipes, processes, strict=True)):
             limit = began + (PATIENCE + 15 if killed else LONGEST) - time.monotonic()
-            assert pipe.poll(max(limit, 0.0)), f"rank {rank} of {told} hangs"
+            if not pipe.poll(max(limit, 0.0)):
+                raise AssertionError(f"rank {rank} of {told} hangs: {_where(told, processes)}")
             try:
                 answers[rank] = pipe.recv()
             except (EOFError, OSError):
@@ -204,6 +206,20 @@ class Campaign:
             figures.distance = max(figures.distance, apart)
             assert self.kind.spread or np.array_equal(x, y), f"{self.kind}, seed {self.seed}: bits differ"
             assert apart < CLOSE, f"{self.kind}, seed {self.seed}: weights are {apart:.1e} apart"
+
+
+def _where(told: Leg, processes: list[Any]) -> str:
+    """The stacks of a leg's processes, and what the system says of them."""
+    found = []
+    for rank, process in enumerate(processes):
+        if not process.is_alive():
+            found.append(f"rank {rank} has ended with {process.exitcode}")
+            continue
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1.0)
+        state = Path(f"/proc/{process.pid}/stat").read_text().split()[2]
+        found.append(f"rank {rank} ({state}):\n{Path(stacks(told, rank)).read_text()}")
+    return "\n".join(found)
 
 
 def _saved_step(out: Path) -> int:

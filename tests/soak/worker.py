@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
+import signal
 import time
 import warnings
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from orthdion.distributed import local
 from orthdion.train import TrainConfig, data, loop
 from orthdion.train.parallel import ONE, Parallel
 
-__all__ = ["TEXT", "Leg", "leg"]
+__all__ = ["TEXT", "Leg", "leg", "stacks"]
 
 TEXT = Path(__file__).parents[2] / "docs" / "algorithms.md"
 #: Seconds until a process that waits for a dead one gives up.
@@ -45,6 +47,17 @@ def leg(rank: int, told: Leg, store: str, step: Any, pipe: Any) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore")  # of skipped steps, which are meant
+    with open(stacks(told, rank), "w") as file:  # where it is, should it hang
+        faulthandler.register(signal.SIGUSR1, file)
+        _answer(rank, told, store, step, pipe)
+
+
+def stacks(told: Leg, rank: int) -> str:
+    """The file that a process writes its stacks to when it gets SIGUSR1."""
+    return f"{told.out}-stacks-{rank}"
+
+
+def _answer(rank: int, told: Leg, store: str, step: Any, pipe: Any) -> None:
     try:
         spread = ONE
         if told.mode is not None:

@@ -150,6 +150,7 @@ def _form(q: LowRankUpdate) -> LowRank:
         lr=float(q.lr),
         weight_decay=float(q.weight_decay),
         maximize=q.b.cg < 0.0,
+        cautious=q.b.w.cautious,
         a=a,
         b=b,
         right_factor="qr",

@@ -220,14 +220,18 @@ class TorchBackend:
         return q.w.outcome()
 
     def _descend(self, w: Matrix, d: Tensor, lr: Any, weight_decay: Any, scale: float) -> None:
-        """``X ← (1 − ηλ)X − η·scale·D``"""
+        """``X ← (1 − ηλ)X − η·scale·D``; with care, λ is 0 where D's sign is not X's."""
         x, dtype = w.x, w.precision.dtype
         if w.rates is not None:
             lr, weight_decay = w.rates.to(dtype).unbind(0)
-        elif w.skip is None and x.dtype == dtype == d.dtype:
+        elif w.skip is None and x.dtype == dtype == d.dtype and not w.cautious:
             x.mul_(1.0 - lr * weight_decay).add_(d, alpha=-lr * scale)
             return
-        self._store(w, x, (1.0 - lr * weight_decay) * x.to(dtype) - lr * scale * d.to(dtype))
+        wide, d = x.to(dtype), d.to(dtype)
+        decayed = (1.0 - lr * weight_decay) * wide
+        if w.cautious:
+            decayed = torch.where(wide.sign() * d.sign() < 0, wide, decayed)
+        self._store(w, x, decayed - lr * scale * d)
 
     def _store(self, w: Matrix, target: Tensor, value: Tensor) -> None:
         """Writes ``value``, unless the matrix's flag says not to. What is beyond the format's range becomes its largest

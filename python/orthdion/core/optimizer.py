@@ -181,7 +181,7 @@ class MatrixOptimizer(Members):
             precision = Precision.of(p.dtype, self._rounding)
             for w in made:
                 w.precision, w.arrived, w.offset, w.rates = precision, arrived, offset, rates
-                w.diagnose = self._diagnose
+                w.diagnose, w.cautious = self._diagnose, rule.cautious_weight_decay
                 w.skip, w.lost = skip, lost
             if form is not None:
                 part.add(made, form, p)

@@ -81,6 +81,9 @@ class Rule:
     lr: float = number(0.01, 0.0, doc="η, the learning rate. A tensor is read at each step.")
     weight_decay: float = number(0.01, 0.0, doc="λ, decoupled; multiplied by η, not by the scale.")
     maximize: bool = flag(False, doc="Ascend.")
+    cautious_weight_decay: bool = flag(
+        False, doc="Decay only entries that the step does not push away from zero (arXiv 2510.12402)."
+    )
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """The step of one matrix: reads, asks, and ends with an update. The gradient is finite, and averaged."""
@@ -114,6 +117,11 @@ class Rule:
 
     def check(self) -> None:
         """Refuses options that do not go together (:class:`ValueError`)."""
+
+    @property
+    def shared(self) -> tuple[float, float, bool, bool]:
+        """What every fused form begins with."""
+        return self.lr, self.weight_decay, self.maximize, self.cautious_weight_decay
 
     @property
     def sign(self) -> float:

@@ -41,7 +41,7 @@ class AdamWRule(Rule):
 
     def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> Elementwise:
         """What the core is told."""
-        return Elementwise(self.lr, self.weight_decay, self.maximize, "adamw", self.beta1, self.beta2, self.epsilon)
+        return Elementwise(*self.shared, "adamw", self.beta1, self.beta2, self.epsilon)
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """``m ← β₁m + (1−β₁)g``, ``v ← β₂v + (1−β₂)g²``, ``D = (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)``"""

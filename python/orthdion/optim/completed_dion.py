@@ -112,6 +112,7 @@ class CompletedDionRule(DionRule):
             lr=self.lr,
             weight_decay=self.weight_decay,
             maximize=self.maximize,
+            cautious=self.cautious_weight_decay,
             a=a,
             b=b,
             right_factor=self.right_factor,

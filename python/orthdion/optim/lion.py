@@ -34,7 +34,7 @@ class LionRule(Rule):
 
     def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> Elementwise:
         """What the core is told."""
-        return Elementwise(self.lr, self.weight_decay, self.maximize, "lion", self.beta1, self.beta2, 0.0)
+        return Elementwise(*self.shared, "lion", self.beta1, self.beta2, 0.0)
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """``D = sign(β₁m + (1−β₁)g)``, ``m ← β₂m + (1−β₂)g``"""

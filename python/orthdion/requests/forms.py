@@ -15,6 +15,7 @@ class Form:
     lr: float
     weight_decay: float
     maximize: bool
+    cautious: bool
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Matrix:
         offset: bytes of other parameters before this one's, counted alike on every rank.
         skip, lost: flags on the device, where the host does not wait to know: not to write; because something was not
             finite.
+        cautious: whether only entries decay that the step does not push away from zero.
         rates: ``[lr, weight_decay]`` in double on the device, where steps read them there.
         words: what the Rust core is told of X and the states, where somebody has it already.
         extents: what each rank of ``layout.shards`` has of the whole matrix, when asked.
@@ -101,6 +102,7 @@ class Matrix:
     offset: int = 0
     skip: Tensor | None = None
     lost: Tensor | None = None
+    cautious: bool = False
     rates: Tensor | None = None
     words: Any = None
     extents: Callable[[], list[Extent]] | None = None

@@ -66,7 +66,8 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, Blend):
         w = value.w
         stored = (w.x.dtype, value.m.dtype, w.g.dtype)
-        return (value.shape, stored, w.x.device, w.precision, value.cm, value.cg, w.rates is None)
+        how = (w.precision, w.cautious, w.rates is None)
+        return (value.shape, stored, w.x.device, value.cm, value.cg, *how)
     if isinstance(value, Matrix):
         return (value.shape, value.x.dtype, value.x.device, value.precision)
     if isinstance(value, Group):

@@ -223,7 +223,7 @@ class CupyBackend(TorchBackend):
         skip = _flags([q.b.w.skip for q in qs], w.x.device)
         residual = [_residual(qs, name) for name in ("alpha", "columns", "rows")]
         passes = Passes(device_for(w.x.device), [q.b for q in qs], written=True)
-        passes.update(Write(p, v, r, fed, rates, first.scale, first.feedback, skip, *residual))
+        passes.update(Write(p, v, r, fed, rates, first.scale, first.feedback, w.cautious, skip, *residual))
         passes.keep(batch([q.q for q in qs]).float(), [q.b.w.state["Q"] for q in qs], skip)
         written = [t for q in qs for t in (q.b.w.x, q.b.m, q.b.w.state["Q"])]
         torch.autograd.graph.increment_version(written)
@@ -258,7 +258,7 @@ def _written(q: LowRankUpdate) -> tuple[Hashable, ...]:
     rates = (float(q.lr), float(q.weight_decay)) if w.rates is None else w.rates.data_ptr()
     kind = None if residual is None else (residual.alpha is None, residual.columns is None)
     formats = (old.dtype, old.shape, old.stride(), q.q.dtype)
-    return rates, q.scale, q.feedback, kind, q.fed is q.r, w.skip is None, formats
+    return rates, w.cautious, q.scale, q.feedback, kind, q.fed is q.r, w.skip is None, formats
 
 
 def _tensors(q: Any) -> list[Tensor]:

@@ -27,7 +27,7 @@ def elementwise(matrices: Sequence[Matrix], forms: Sequence[Elementwise], kept: 
     for i, (w, form) in enumerate(zip(matrices, forms, strict=True)):
         if w.x.numel():
             assert w.rates is not None, "steps of this backend read learning rates on the device"
-            numbers = (form.rule, form.beta1, form.beta2, form.epsilon, form.maximize)
+            numbers = (form.rule, form.beta1, form.beta2, form.epsilon, form.maximize, form.cautious)
             key = (w.rates.data_ptr(), numbers, *(t.dtype for t in _views(w, form)))
             groups.setdefault(key, []).append(i)
     if not groups:
@@ -74,7 +74,7 @@ def _launch(device: Device, matrices: list[Matrix], form: Elementwise) -> Tensor
         chunks.append(chunks[-1] + -(-entries[-1] // _CHUNK))
     packed, first = _tensors(lists, entries, chunks), matrices[0]
     lion, sign = form.rule == "lion", -1.0 if form.maximize else 1.0
-    numbers = (float(form.beta1), float(form.beta2), float(form.epsilon), sign, lion)
+    numbers = (float(form.beta1), float(form.beta2), float(form.epsilon), sign, lion, form.cautious)
     shared = pack(first.rates, *numbers, *(TYPES[t.dtype] for t in _views(first, form)[:3]))
     flags = torch.zeros(len(matrices), dtype=torch.int32, device=first.x.device)
     device.launch("find_bad", (chunks[-1],), 256, packed, shared, flags)

@@ -34,6 +34,7 @@ class Write:
         rates: [η, λ] in double.
         scale: what η is multiplied by.
         feedback: (a, b) of ``a·M⁺ − (a − b)·P Wᵀ``.
+        cautious: whether entries that the step pushes away from zero do not decay.
         skip: flags; a matrix with 1 is not written.
         alphas: of a linear residual; or None.
         columns, rows: what scales T's columns (n) and rows (m); or None.
@@ -46,6 +47,7 @@ class Write:
     rates: Tensor
     scale: float
     feedback: tuple[float, float]
+    cautious: bool
     skip: Tensor
     alphas: Tensor | None
     columns: Tensor | None
@@ -157,6 +159,7 @@ class Passes:
                 float(a),
                 float(kept),
                 float(w.scale),
+                w.cautious,
             )
             device.launch("apply", b.grid(s), 256, *b.lists(s, "x", "m", "g"), b.place(s), write, w.skip[s.matrices])
         b.write_back()

@@ -152,6 +152,12 @@ DEVICE void put4(u64 p, i64 at, int n, int type, const float x[4]) {
   }
 }
 
+// What a step along −d leaves of x: (1 − ηλ)·x; with care x itself where d would push it away from zero.
+DEVICE float decayed(float x, float d, float keep, i64 cautious) {
+  bool away = (x > 0.0f && d < 0.0f) || (x < 0.0f && d > 0.0f);
+  return cautious && away ? x : keep * x;
+}
+
 DEVICE double warp_sum(double x) {
   for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(FULL, x, d);
   return x;

@@ -11,7 +11,7 @@ struct Tensors {
 struct Rule {
   u64 hyper;  // [η, λ]
   double beta1, beta2, epsilon, sign;
-  i64 lion, type_x, type_g, type_m;
+  i64 lion, cautious, type_x, type_g, type_m;
 };
 
 constexpr i64 CHUNK = 4096;
@@ -84,12 +84,12 @@ extern "C" __global__ void __launch_bounds__(256) elementwise(
       float push = sign * g[e];
       if (rule.lion) {
         float u = b1 * m[e] + c1 * push;
-        x[e] = keep * x[e] - (float)lr * (u > 0.0f ? 1.0f : u < 0.0f ? -1.0f : 0.0f);
+        x[e] = decayed(x[e], u, keep, rule.cautious) - (float)lr * (u > 0.0f ? 1.0f : u < 0.0f ? -1.0f : 0.0f);
         m[e] = b2 * m[e] + c2 * push;
       } else {
         m[e] = b1 * m[e] + c1 * push;
         v[e] = b2 * v[e] + c2 * push * push;
-        x[e] = keep * x[e] - correct1 * m[e] / (sqrtf(v[e]) / correct2 + (float)rule.epsilon);
+        x[e] = decayed(x[e], m[e], keep, rule.cautious) - correct1 * m[e] / (sqrtf(v[e]) / correct2 + (float)rule.epsilon);
       }
     }
     put4(t.x[i], at, n, (int)rule.type_x, x);

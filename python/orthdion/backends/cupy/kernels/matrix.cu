@@ -152,6 +152,7 @@ struct Write {
   u64 columns, lengths;     // of a normalized residual; or 0
   i64 columns_of, rows_of;  // their numbers a matrix
   double a, b, scale;
+  i64 cautious;
 };
 
 // X ← (1 − ηλ)·X − η·scale·D and M ← a·M⁺ − (a − b)/size·P Wᵀ, with D = P Vᵀ, P Uᵀ + α·size·B, or P Vᵀ + T·columns·rows.
@@ -191,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(256) apply(
       } else {
         d[e] += share * b[e];
       }
-      x[e] = keep * x[e] - step * d[e];
+      x[e] = decayed(x[e], d[e], keep, w.cautious) - step * d[e];
       plus[e] = (float)w.a * plus[e] - back * fed[e];
     }
     put4(xs.p[k], in_x, s.n, (int)at.type_x, x);
