@@ -67,7 +67,7 @@ def test_the_readmes_six_lines_train():
 
 
 def test_the_readmes_table_has_every_optimizer_and_its_state():
-    text = (ROOT / "README.md").read_text().partition("## Which one")[2]
+    text = (ROOT / "README.md").read_text().partition("## The whole family")[2]
     for info in orthdion.list_optimizers():
         if info.name in orthdion.optim.OPTIMIZERS:
             row = next((line for line in text.splitlines() if line.startswith("|") and f"`{info.name}`" in line), "")
