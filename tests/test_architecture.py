@@ -22,7 +22,7 @@ FLOORS = [
     {"optim"},
     {"grouping", "functional", "diagnostics"},
     {"create"},
-    {"doctor", "integrations", "train"},
+    {"doctor", "integrations", "selftest", "train"},
     {"cli", "__init__"},
 ]
 FLOOR = {room: k for k, rooms in enumerate(FLOORS) for room in rooms}
