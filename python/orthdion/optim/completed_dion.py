@@ -107,22 +107,8 @@ class CompletedDionRule(DionRule):
 
     def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> LowRank:
         """What the core is told."""
-        a, b = feedback_numbers(self._feedback, self.mu)
-        return LowRank(
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            maximize=self.maximize,
-            cautious=self.cautious_weight_decay,
-            a=a,
-            b=b,
-            right_factor=self.right_factor,
-            residual=self.residual,
-            residual_scale=self.residual_scale,
-            kappa=self._kappa,
-            epsilon=self.epsilon,
-            diagnostics=diagnostics,
-            bfloat16=bfloat16,
-        )
+        residual = {"residual": self.residual, "residual_scale": self.residual_scale, "kappa": self._kappa}
+        return self._form(self._feedback, diagnostics=diagnostics, bfloat16=bfloat16, **residual)
 
     @property
     def _feedback(self) -> Any:

@@ -63,22 +63,12 @@ class DionRule(Rule):
 
     def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> LowRank:
         """What the core is told."""
-        a, b = feedback_numbers(self.feedback, self.mu)
-        return LowRank(
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            maximize=self.maximize,
-            cautious=self.cautious_weight_decay,
-            a=a,
-            b=b,
-            right_factor=self.right_factor,
-            residual=None,
-            residual_scale=0.0,
-            kappa=None,
-            epsilon=self.epsilon,
-            diagnostics=diagnostics,
-            bfloat16=bfloat16,
-        )
+        return self._form(self.feedback, diagnostics=diagnostics, bfloat16=bfloat16)
+
+    def _form(self, feedback: Any, **more: Any) -> LowRank:
+        a, b = feedback_numbers(feedback, self.mu)
+        alone = {"residual": None, "residual_scale": 0.0, "kappa": None}
+        return LowRank(*self.shared, a, b, self.right_factor, epsilon=self.epsilon, **{**alone, **more})
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """``B = M + G``, P and V from it, ``M ← a·(B − P Rᵀ) + b·P Rᵀ``, ``Q ← V``."""
