@@ -46,15 +46,11 @@ class Members(Groups):
             del added[key]  # torch fills in the defaults of other rules
         try:
             self._resolve(before, added, None)
-            self._admit(before, added)
+            self._take_up([m for m in self._members() if m.group is added and not is_lazy(m.p)])
         except BaseException:
             del self.param_groups[before:]
             self._resolved.pop(before, None)
             raise
-
-    def _admit(self, k: int, group: dict[str, Any]) -> None:
-        """Checks every parameter of a new group, then makes all their states."""
-        self._take_up([m for m in self._members() if m.group is group and not is_lazy(m.p)])
 
     def _meet(self, quiet: bool = False) -> None:
         """Takes up what groups hold that was not met before, and drops what has left; every rank must come here.
