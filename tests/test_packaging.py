@@ -87,6 +87,17 @@ def test_every_place_tells_the_same_version():
     assert cargo and citation and cargo[1] == citation[1] == orthdion.__version__
 
 
+def test_workflows_try_every_python_that_the_package_names_and_run_nothing_that_can_change():
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    ci, wheels = (ROOT / ".github/workflows" / name for name in ("ci.yml", "wheels.yml"))
+    tried = re.search(r"^  test:.*?python: \[(.*?)\]", ci.read_text(), re.M | re.S)
+    assert tried and re.findall(r'"(.*?)"', tried[1]) == named
+    for text in (ci.read_text(), wheels.read_text()):
+        uses = re.findall(r"uses: (\S+)(.*)", text)
+        assert uses and all(re.search(r"@[0-9a-f]{40}$", at) and re.match(r" # v\d", note) for at, note in uses)
+        assert "\npermissions:\n  contents: read\n" in text and "secrets." not in text
+
+
 @pytest.fixture(scope="module")
 def audit():
     spec = importlib.util.spec_from_file_location("audit", ROOT / "tools/audit.py")
