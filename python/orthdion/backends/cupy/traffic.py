@@ -69,7 +69,7 @@ def _residual_rows(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
 
 def _apply(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     rows, cols, _, x, m, g = _place(a[3])
-    _, _, alphas, fed, _, captured, columns = struct.unpack("=10q3d", a[4])[:7]
+    _, _, alphas, fed, _, captured, columns = struct.unpack("=10q3dq", a[4])[:7]
     entries, threads = grid[2] * rows * cols, 256 * grid[0] * grid[1] * grid[2]
     of_entry = 4 + (4 if fed else 0)
     if columns:
@@ -135,7 +135,7 @@ def _tensors(packed: bytes) -> tuple[int, int]:
 
 def _elementwise(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     entries, _ = _tensors(a[0])
-    lion, x, g, m = struct.unpack("=q4d4q", a[1])[5:]
+    lion, _, x, g, m = struct.unpack("=q4d5q", a[1])[5:]
     states = _SIZES[m] * (1 if lion else 2)
     own = 256 * grid[0] * (4 + 16 + (0 if lion else 16))
     loads, stores = entries * (_SIZES[x] + _SIZES[g] + states), entries * (_SIZES[x] + states)
@@ -143,7 +143,7 @@ def _elementwise(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
 
 
 def _find_bad(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
-    return Traffic(matrix_loads=_tensors(a[0])[0] * _SIZES[struct.unpack("=q4d4q", a[1])[7]])
+    return Traffic(matrix_loads=_tensors(a[0])[0] * _SIZES[struct.unpack("=q4d5q", a[1])[8]])
 
 
 _KERNELS = {
