@@ -141,7 +141,7 @@ class Members(Groups):
             warnings.warn(
                 f"{m.name} on {p.device} is stepped by {name}, which is slower: {'; '.join(why)}. "
                 f"backend={name!r} says that this is meant",
-                stacklevel=8,
+                stacklevel=7,
             )
 
     def _fold(self, m: Member) -> Fold | None:
