@@ -150,7 +150,7 @@ class Members(Groups):
         try:
             return Fold.of(m.p.shape, m.group)
         except ValueError as e:
-            flattened = hasattr(m.p, "ds_shape") or type(m.p).__name__ == "FlatParameter"
+            flattened = hasattr(m.p, "ds_shape") or hasattr(m.p, "_is_flat_param")
             why = "ZeRO-3 or FSDP1 has flattened it; use FSDP2 (torch.distributed.fsdp.fully_shard)"
             raise ValueError(f"{m.name}: {why if flattened else e}") from None
 
@@ -163,7 +163,7 @@ class Members(Groups):
         """The entry; over replicas, factors travel if they are smaller than the gradient (section 7)."""
         p, at, kind = m.p, placed.layout, type(rule)
         if at.replicas.size > 1 and kind.averages_factors and fold is not None:
-            factors = sum((m + fold.cols) * r for m, r in zip(fold.sizes, sides.ranks, strict=True))
+            factors = sum((rows + fold.cols) * r for rows, r in zip(fold.sizes, sides.ranks, strict=True))
             at = replace(at, compressed=factors < fold.rows * fold.cols)
         self._spread |= at.whole.size > 1
         if (why := rule.unsupported(at)) is not None:

@@ -44,8 +44,8 @@ extern "C" __global__ void __launch_bounds__(256) find_bad(Tensors t, Rule rule,
   if (threadIdx.x % 32 == 0 && top >= 0x7f800000u) atomicOr(flags + i, 1);
 }
 
-// Counts a step of every tensor that is not skipped, and takes the powers that it needs: corrections[tensor] = 1 − β₁ᵗ and
-// √(1 − β₂ᵗ). One thread a tensor.
+// Counts a step of every tensor that is not skipped, and takes the powers that it needs: corrections[tensor] is 1 − β₁ᵗ
+// and √(1 − β₂ᵗ). One thread a tensor.
 extern "C" __global__ void advance(Tensors t, Rule rule, const int* flags, double* corrections) {
   int i = threadIdx.x;
   if (i >= t.count || fetch(flags + i)) return;
@@ -89,7 +89,8 @@ extern "C" __global__ void __launch_bounds__(256) elementwise(
       } else {
         m[e] = b1 * m[e] + c1 * push;
         v[e] = b2 * v[e] + c2 * push * push;
-        x[e] = decayed(x[e], m[e], keep, rule.cautious) - correct1 * m[e] / (sqrtf(v[e]) / correct2 + (float)rule.epsilon);
+        float root = sqrtf(v[e]) / correct2 + (float)rule.epsilon;
+        x[e] = decayed(x[e], m[e], keep, rule.cautious) - correct1 * m[e] / root;
       }
     }
     put4(t.x[i], at, n, (int)rule.type_x, x);

@@ -1,7 +1,7 @@
 // Passes over whole matrices. B = c·M⁺ + e·G with M⁺ = M + G is formed from M and G wherever it is needed.
 //
-// A launch handles a block of `rows` × `cols` entries at (row0, col0) of up to 64 matrices as they lie in memory, 32×128
-// entries a thread block: a warp takes a row of 128, a thread four neighbours of it. `turned`: memory holds Bᵀ.
+// A launch handles a block of `rows` × `cols` entries at (row0, col0) of up to 64 matrices as they lie in memory,
+// 32×128 entries a thread block: a warp takes a row of 128, a thread four neighbours of it. `turned`: memory holds Bᵀ.
 #include "common.cuh"
 
 // Where the matrices' operands lie, and the block of them that a launch handles.
@@ -50,9 +50,9 @@ DEVICE void put_column_sums(const Place& at, const double sums[4], double* slots
   }
 }
 
-// Of the block, each if there is room for it: B, contiguous [matrix][row][column]; the bits of max |B| by atomic maximum,
-// where NaN lies above infinity above all numbers; sums of B's squares along rows [matrix][row][tile] and down columns
-// [matrix][tile][column].
+// Of the block, each if there is room for it: B, contiguous [matrix][row][column]; the bits of max |B| by atomic
+// maximum, where NaN lies above infinity above all numbers; sums of B's squares along rows [matrix][row][tile] and down
+// columns [matrix][tile][column].
 // Traffic: reads M and G, writes B.
 extern "C" __global__ void __launch_bounds__(256) form(
     List ms, List gs, Place at, u64 b_out, int type_b, unsigned* largest, double* row_sums, double* column_sums) {
@@ -86,8 +86,9 @@ extern "C" __global__ void __launch_bounds__(256) form(
   if (threadIdx.x % 32 == 0) atomicMax(largest + k, top);
 }
 
-// The largest entry on all ranks decides. Infinity: the matrix is lost, and skipped; negative: nobody has a gradient, and it
-// is skipped. Outside of [1/safe, safe] B is multiplied by the power of two that brings it near 1. One thread a matrix.
+// The largest entry on all ranks decides. Infinity: the matrix is lost, and skipped; negative: nobody has a gradient,
+// and it is skipped. Outside of [1/safe, safe] B is multiplied by the power of two that brings it near 1. One thread a
+// matrix.
 extern "C" __global__ void decide(
     const double* largest, double* sizes, int* skip, int* lost, double safe, int count) {
   int k = blockIdx.x * blockDim.x + threadIdx.x;
@@ -103,8 +104,8 @@ extern "C" __global__ void decide(
   put(lost + k, (int)!finite);
 }
 
-// Sums of squares along B's rows of T = size·B − P Rᵀ, and of T with scaled columns, as partial sums: [matrix][row][tile],
-// or where memory holds Bᵀ [matrix][tile][column]. `captured` is P Rᵀ of the block.
+// Sums of squares along B's rows of T = size·B − P Rᵀ, and of T with scaled columns, as partial sums:
+// [matrix][row][tile], or where memory holds Bᵀ [matrix][tile][column]. `captured` is P Rᵀ of the block.
 // Traffic: reads M, G and P Rᵀ.
 extern "C" __global__ void __launch_bounds__(256) residual_rows(
     List ms, List gs, Place at, const float* captured, const double* sizes, const double* columns, i64 columns_of,
@@ -155,7 +156,8 @@ struct Write {
   i64 cautious;
 };
 
-// X ← (1 − ηλ)·X − η·scale·D and M ← a·M⁺ − (a − b)/size·P Wᵀ, with D = P Vᵀ, P Uᵀ + α·size·B, or P Vᵀ + T·columns·rows.
+// X ← (1 − ηλ)·X − η·scale·D and M ← a·M⁺ − (a − b)/size·P Wᵀ, with D = P Vᵀ, P Uᵀ + α·size·B, or
+// P Vᵀ + T·columns·rows. With care λ only counts where D does not push X away from zero.
 // Traffic: reads X, M, G and the products, writes X and M.
 extern "C" __global__ void __launch_bounds__(256) apply(
     List xs, List ms, List gs, Place at, Write w, const int* skip) {
