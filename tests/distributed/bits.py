@@ -89,6 +89,28 @@ def few_bits_equal_the_hand(shapes: Any, steps: int, bits: int, hybrid: bool) ->
     return apart, momenta, agree, sent
 
 
+def a_stack_and_a_convolution(bits: int) -> float:
+    """How far their matrices are from the same ones by hand after ten steps, on plain replicas."""
+    count, dtype, shapes = dist.get_world_size(), torch.float64, [(3, 24, 16), (36, 5, 2, 2)]
+    params = [torch.nn.Parameter(randn(*s, seed=5 + i, dtype=dtype)) for i, s in enumerate(shapes)]
+    options = {"optimizer": "completed-dion", "rank_fraction": 0.3, "residual_bits": bits, "weight_decay": 0.1}
+    o = build([params[0]], {**options, "lr": 0.02}, replicate_mesh=dist.group.WORLD)
+    o.add_param_group({"params": [params[1]], "flatten": True})
+    seen = [params[0].detach(), params[1].detach().view(1, 36, 20)]
+    hands = []
+    for x, p in zip(seen, params, strict=True):
+        q = o.state[p]["Q"].reshape(len(x), x.shape[2], -1)
+        hands.append([ByHand(x[e], q[e], count, bits, _parts(x.shape[1:], 1)) for e in range(len(x))])
+    for k in range(10):
+        for i, (p, x, each) in enumerate(zip(params, seen, hands, strict=True)):
+            gs = [gradient(tuple(x.shape), k, i, r, dtype) for r in range(count)]
+            p.grad = gs[dist.get_rank()].view(p.shape)
+            for e, hand in enumerate(each):
+                hand.step([g[e] for g in gs], 0.02, 0.1, math.sqrt(x.shape[1] / x.shape[2]))
+        o.step()
+    return max(distance(x[e], h.x) for x, each in zip(seen, hands, strict=True) for e, h in enumerate(each))
+
+
 def a_nan_on_one_replica(bits: int) -> tuple[bool, int]:
     """Whether a step with a NaN on the last rank changes nothing anywhere, and what was counted."""
     p = torch.nn.Parameter(randn(24, 16, seed=1, dtype=torch.float32))

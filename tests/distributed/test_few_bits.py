@@ -23,6 +23,11 @@ def test_replicas_step_as_one_process_by_hand(world, size, hybrid, bits):
         assert hybrid or sent.last_step.by_content["residual"] > 0
 
 
+@pytest.mark.parametrize("bits", [1, 4])
+def test_stacks_and_convolutions_are_matrices_here_too(world, bits):
+    assert max(world(2).run(few.a_stack_and_a_convolution, bits)) < 1e-9
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("bits", [1, 4])
 def test_bytes_are_those_of_the_rows_and_of_the_longest_share(world, size, bits):

@@ -104,19 +104,18 @@ def _where_captured(t: Tensor, of_columns: Tensor) -> Tensor:
 
 def _energies(t: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of squares along each row and down each column."""
-    squares = t.double().square()
-    return squares.sum(-1), squares.sum(-2)
+    squares = t.square()
+    return squares.sum(-1, dtype=torch.float64), squares.sum(-2, dtype=torch.float64)
 
 
 def _scaled_energies(t: Tensor, columns: Tensor) -> Tensor:
     """Sums of squares along each row of T with scaled columns."""
-    return (t.double() * columns[..., None, :]).square().sum(-1)
+    return (t * columns.to(t.dtype)[..., None, :]).square().sum(-1, dtype=torch.float64)
 
 
 def _captured_of_rows(p: Tensor, gram: Tensor) -> Tensor:
     """‖(P Rᵀ)_i‖² of each row, from RᵀR."""
-    wide = p.double()
-    return ((wide @ gram) * wide).sum(-1).clamp_min(0.0)
+    return ((p @ gram.to(p.dtype)) * p).sum(-1, dtype=torch.float64).clamp_min(0.0)
 
 
 def _row_squares(r: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ whether an entry is negative, at four bits its multiple of the scale, −7 … 7
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ __all__ = ["BLOCK", "average", "pack", "row_bytes", "unpack"]
 #: Columns that share a scale at four bits.
 BLOCK = 64
 _LEVELS = 7
+#: Times eight bytes of 0 or 1 as one number, it has the first byte's bit lowest in its highest byte.
+_GATHERED = 0x0102040810204080
 
 
 def _scales(columns: int, bits: int) -> int:
@@ -29,23 +33,22 @@ def row_bytes(columns: int, bits: int, dtype: torch.dtype) -> int:
 def pack(t: Tensor, bits: int) -> Tensor:
     """(m, n), finite → (m, row_bytes), uint8."""
     m, n = t.shape
-    count = _scales(n, bits)
+    count, each = _scales(n, bits), 8 // bits
+    width = -(-n // each)
+    entries = torch.zeros(m, width * each, dtype=torch.uint8, device=t.device)
     if bits == 1:
-        scales = t.double().abs().mean(1, keepdim=True).to(t.dtype) if n else t.new_zeros(m, 1)
-        entries = (t < 0).to(torch.uint8)
+        scales = t.abs().sum(1, dtype=torch.float64).div_(max(n, 1)).to(t.dtype)
+        entries[:, :n] = t < 0
+        packed = (entries.view(torch.int64) * _GATHERED >> 56).to(torch.uint8) if n else entries
     else:
         blocks = torch.nn.functional.pad(t, (0, count * BLOCK - n)).view(m, count, BLOCK)
         scales = blocks.abs().amax(2) / _LEVELS
         info = torch.finfo(t.dtype)
         # Means of few ranks lie halfway between two steps: then away from zero, whatever their rounding.
         steps = blocks / scales.clamp_min(info.tiny)[:, :, None] * (1.0 + 32.0 * info.eps)
-        steps = steps.round().clamp(-_LEVELS, _LEVELS)
-        entries = (steps.view(m, count * BLOCK)[:, :n] + (_LEVELS + 1)).to(torch.uint8)
-    each = 8 // bits
-    width = -(-n // each)
-    entries = torch.nn.functional.pad(entries, (0, width * each - n)).view(m, width, each)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=t.device)
-    packed = (entries << shifts).sum(2, dtype=torch.uint8)
+        steps = steps.round_().clamp_(-_LEVELS, _LEVELS).add_(_LEVELS + 1)
+        entries[:, :n] = steps.view(m, count * BLOCK)[:, :n]
+        packed = entries[:, ::2] | entries[:, 1::2] << 4
     return torch.cat([scales.reshape(-1).view(torch.uint8).view(m, count * t.dtype.itemsize), packed], 1)
 
 
@@ -54,11 +57,19 @@ def unpack(packed: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tenso
     m, count = len(packed), _scales(columns, bits)
     head = count * dtype.itemsize
     scales = packed[:, :head].reshape(-1).clone().view(dtype).view(m, count)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     width = (packed.shape[1] - head) * (8 // bits)
-    wide = ((packed[:, head:, None] >> shifts) & (2**bits - 1)).reshape(m, width)[:, :columns].to(dtype)
+    entries: Tensor = _meanings(bits, dtype, packed.device)[packed[:, head:].int()].view(m, width)[:, :columns]
     each = scales if bits == 1 else scales.repeat_interleave(BLOCK, 1)[:, :columns]
-    return torch.mul(1.0 - 2.0 * wide if bits == 1 else wide - (_LEVELS + 1), each)
+    return entries * each
+
+
+@cache
+def _meanings(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The entries, without their scale, that each byte stands for: (256, 8 / bits)."""
+    shifts = torch.arange(0, 8, bits, device=device)
+    numbers = (torch.arange(256, device=device)[:, None] >> shifts) & (2**bits - 1)
+    meanings: Tensor = 1 - 2 * numbers if bits == 1 else numbers - (_LEVELS + 1)
+    return meanings.to(dtype)
 
 
 def average(packed: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tensor:
