@@ -7,11 +7,12 @@ from .core.rule import Rule, StateSpec
 from .create import OptimizerInfo, create, list_optimizers
 from .distributed import decouple
 from .grouping import ParamGroups, param_groups
-from .optim import AdamW, CompletedDion, CurvaDion, Dion, Dion2, Lion, Muon, NorMuon, OrthDion
+from .optim import RMNP, AdamW, CompletedDion, CurvaDion, Dion, Dion2, Lion, Muon, NorMuon, OrthDion
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RMNP",
     "AdamW",
     "CompletedDion",
     "CurvaDion",

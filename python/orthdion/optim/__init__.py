@@ -12,8 +12,22 @@ from .lion import Lion
 from .muon import Muon
 from .normuon import NorMuon
 from .orth_dion import OrthDion
+from .rmnp import RMNP
 
-__all__ = ["OPTIMIZERS", "AdamW", "CompletedDion", "CurvaDion", "Dion", "Dion2", "Lion", "Muon", "NorMuon", "OrthDion"]
+__all__ = [
+    "OPTIMIZERS",
+    "RMNP",
+    "AdamW",
+    "CompletedDion",
+    "CurvaDion",
+    "Dion",
+    "Dion2",
+    "Lion",
+    "Muon",
+    "NorMuon",
+    "OrthDion",
+]
+
 
 #: Every optimizer by name; one line each.
 OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
@@ -24,6 +38,7 @@ OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
     "curvadion": CurvaDion,
     "muon": Muon,
     "normuon": NorMuon,
+    "rmnp": RMNP,
     "adamw": AdamW,
     "lion": Lion,
 }
