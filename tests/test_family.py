@@ -30,7 +30,15 @@ def rmnp(g, s):
     return torch.stack([row / max(float(row.norm()), 1e-8) for row in m])
 
 
-ORACLES = {"rmnp": rmnp}
+def sinkgd(g, s):
+    d = averaged(s, g)
+    for _ in range(5):
+        d = torch.stack([row / (float(row.norm()) or 1.0) for row in d])
+        d = torch.stack([column / (float(column.norm()) or 1.0) for column in d.T]).T
+    return d * (min(g.shape) / g.shape[1]) ** 0.5
+
+
+ORACLES = {"rmnp": rmnp, "sinkgd": sinkgd}
 
 
 def gradient(case, k):

@@ -14,6 +14,7 @@ MATCHING = [
     ("muon", {"polar": "exact"}),
     ("normuon", {"polar": "exact"}),
     ("rmnp", {}),
+    ("sinkgd", {}),
     *(
         (name, {"rank_fraction": f})
         for name in ("orth-dion", "dion", "curvadion", "completed-dion")

@@ -13,6 +13,7 @@ from .muon import Muon
 from .normuon import NorMuon
 from .orth_dion import OrthDion
 from .rmnp import RMNP
+from .sinkgd import SinkGD
 
 __all__ = [
     "OPTIMIZERS",
@@ -26,6 +27,7 @@ __all__ = [
     "Muon",
     "NorMuon",
     "OrthDion",
+    "SinkGD",
 ]
 
 
@@ -39,6 +41,7 @@ OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
     "muon": Muon,
     "normuon": NorMuon,
     "rmnp": RMNP,
+    "sinkgd": SinkGD,
     "adamw": AdamW,
     "lion": Lion,
 }
