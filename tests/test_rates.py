@@ -13,6 +13,8 @@ SHAPES = [(64, 64), (96, 24), (24, 96), (40, 33)]
 MATCHING = [
     ("muon", {"polar": "exact"}),
     ("normuon", {"polar": "exact"}),
+    ("rmnp", {}),
+    ("sinkgd", {}),
     *(
         (name, {"rank_fraction": f})
         for name in ("orth-dion", "dion", "curvadion", "completed-dion")
@@ -52,7 +54,7 @@ def test_a_loaded_state_of_another_rank_is_scaled_by_its_rank():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["muon", "dion2", "orth-dion", "completed-dion"])
+@pytest.mark.parametrize("name", ["muon", "dion2", "rmnp", "orth-dion", "completed-dion"])
 def test_the_other_scales_are_those_of_the_field(name, shape):
     m, n = shape
     plain = moved(name, shape, adjust_lr=None)

@@ -7,11 +7,24 @@ from .core.rule import Rule, StateSpec
 from .create import OptimizerInfo, create, list_optimizers
 from .distributed import decouple
 from .grouping import ParamGroups, param_groups
-from .optim import AdamW, CompletedDion, CurvaDion, Dion, Dion2, Lion, Muon, NorMuon, OrthDion
+from .optim import (
+    RMNP,
+    AdamW,
+    CompletedDion,
+    CurvaDion,
+    Dion,
+    Dion2,
+    Lion,
+    Muon,
+    NorMuon,
+    OrthDion,
+    SinkGD,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RMNP",
     "AdamW",
     "CompletedDion",
     "CurvaDion",
@@ -25,6 +38,7 @@ __all__ = [
     "OrthDion",
     "ParamGroups",
     "Rule",
+    "SinkGD",
     "StateSpec",
     "create",
     "decouple",

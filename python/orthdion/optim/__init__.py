@@ -12,8 +12,24 @@ from .lion import Lion
 from .muon import Muon
 from .normuon import NorMuon
 from .orth_dion import OrthDion
+from .rmnp import RMNP
+from .sinkgd import SinkGD
 
-__all__ = ["OPTIMIZERS", "AdamW", "CompletedDion", "CurvaDion", "Dion", "Dion2", "Lion", "Muon", "NorMuon", "OrthDion"]
+__all__ = [
+    "OPTIMIZERS",
+    "RMNP",
+    "AdamW",
+    "CompletedDion",
+    "CurvaDion",
+    "Dion",
+    "Dion2",
+    "Lion",
+    "Muon",
+    "NorMuon",
+    "OrthDion",
+    "SinkGD",
+]
+
 
 #: Every optimizer by name; one line each.
 OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
@@ -24,6 +40,8 @@ OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
     "curvadion": CurvaDion,
     "muon": Muon,
     "normuon": NorMuon,
+    "rmnp": RMNP,
+    "sinkgd": SinkGD,
     "adamw": AdamW,
     "lion": Lion,
 }

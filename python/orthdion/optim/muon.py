@@ -17,12 +17,30 @@ from ..core.rule import Rule, States, StateSpec
 from ..numerics.newton_schulz import JORDAN, POLAR_EXPRESS
 from ..requests import Body, Matrix, NewtonSchulz, Outcome, Polar, Request, Update, Whole
 
-__all__ = ["Muon", "MuonRule"]
+__all__ = ["MomentumRule", "Muon", "MuonRule"]
+
+
+@dataclass(frozen=True)
+class MomentumRule(Rule):
+    """What rules of an averaged momentum share: its options and its look-ahead."""
+
+    states: ClassVar[States] = {"momentum": StateSpec()}
+
+    lr: float = number(0.02, 0.0, doc="η, the learning rate. A tensor is read at each step.")
+    mu: float = number(0.95, 0.0, 1.0, doc="μ, the momentum.")
+    nesterov: bool = flag(True, doc="Look ahead: take lerp(G, M, μ) in place of M.")
+    adjust_lr: AdjustLr | None = adjust_lr()
+
+    def lookahead(self, w: Matrix) -> tuple[Tensor, Tensor]:
+        """What the direction is made of, and the new momentum."""
+        g = self.sign * w.gradient
+        m = w.read("momentum").lerp(g, 1.0 - self.mu)
+        return (g.lerp(m, self.mu) if self.nesterov else m), m
 
 
 @register
 @dataclass(frozen=True)
-class MuonRule(Rule):
+class MuonRule(MomentumRule):
     """The polar factor of a momentum, by Newton–Schulz iterations or exactly."""
 
     name: ClassVar[str] = "muon"
@@ -31,11 +49,7 @@ class MuonRule(Rule):
     paper: ClassVar[str] = "kellerjordan.github.io/posts/muon, arXiv 2502.16982"
     flops: ClassVar[str] = "20mn·min(m,n)"
     sent: ClassVar[str] = "mn"
-    states: ClassVar[States] = {"momentum": StateSpec()}
 
-    lr: float = number(0.02, 0.0, doc="η, the learning rate. A tensor is read at each step.")
-    mu: float = number(0.95, 0.0, 1.0, doc="μ, the momentum.")
-    nesterov: bool = flag(True, doc="Look ahead: orthogonalise lerp(G, M, μ) in place of M.")
     polar: Literal["jordan", "polar-express", "exact"] = choice(
         "jordan",
         "jordan",
@@ -43,7 +57,6 @@ class MuonRule(Rule):
         "exact",
         doc='The polar factor: five of Jordan\'s quintics, Polar Express (arXiv 2505.16932), or "exact".',
     )
-    adjust_lr: AdjustLr | None = adjust_lr()
     epsilon: float = number(1e-7, 0.0, doc="The smallest norm that the momentum is divided by.")
 
     def scale(self, fan_out: int, fan_in: int, rank: int) -> float:
@@ -56,12 +69,6 @@ class MuonRule(Rule):
         d = yield from self.orthogonalized(w, u)
         done: Outcome = yield Update(w, d, self.lr, self.weight_decay, {"momentum": m}, w.scale)
         return done
-
-    def lookahead(self, w: Matrix) -> tuple[Tensor, Tensor]:
-        """What is orthogonalised, and the new momentum."""
-        g = self.sign * w.gradient
-        m = w.read("momentum").lerp(g, 1.0 - self.mu)
-        return (g.lerp(m, self.mu) if self.nesterov else m), m
 
     def orthogonalized(self, w: Matrix, u: Tensor) -> Generator[Any, Any, Tensor]:
         """The polar factor of the whole matrix whose part here is ``u``; of that, this rank's part."""
