@@ -38,7 +38,25 @@ def sinkgd(g, s):
     return d * (min(g.shape) / g.shape[1]) ** 0.5
 
 
-ORACLES = {"rmnp": rmnp, "sinkgd": sinkgd}
+def dion3(g, s):
+    m = len(g)
+    total = s.get("momentum", torch.zeros_like(g)) + g
+    v = s.get("variance", torch.zeros(m, dtype=g.dtype)).clone()
+    chosen = total.abs().sum(1).topk(-int(-0.25 * m // 1)).indices
+    u = total[chosen] / total[chosen].norm().clamp_min(1e-7)
+    for _ in range(5):
+        a = u @ u.T
+        u = 3.4445 * u + (2.0315 * a @ a - 4.775 * a) @ u
+    v[chosen] = 0.95 * v[chosen] + 0.05 * u.square().mean(1)
+    even = u / (v[chosen].sqrt() + 1e-7)[:, None]
+    d = torch.zeros_like(g)
+    d[chosen] = even * u.norm() / even.norm()
+    total[chosen] *= 0.95
+    s.update(momentum=total, variance=v)
+    return d
+
+
+ORACLES = {"dion3": dion3, "rmnp": rmnp, "sinkgd": sinkgd}
 
 
 def gradient(case, k):

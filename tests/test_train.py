@@ -72,7 +72,15 @@ def orthdion_cli(monkeypatch, capsys):
 
 LEARN = TrainConfig(width=32, layers=1, heads=2, context=24, batch=8, steps=100, eval_every=100, eval_windows=64)
 #: Where the demo's learning rate is none for a hundred steps.
-LEARN_LRS = {"dion": 0.04, "dion2": 0.08, "curvadion": 0.04, "adamw": 0.01, "lion": 0.01, "torch.optim:AdamW": 0.01}
+LEARN_LRS = {
+    "dion": 0.04,
+    "dion2": 0.08,
+    "dion3": 0.08,
+    "curvadion": 0.04,
+    "adamw": 0.01,
+    "lion": 0.01,
+    "torch.optim:AdamW": 0.01,
+}
 #: What orthogonalises nothing takes longer.
 LEARN_STEPS = {"rmnp": 300, "sinkgd": 300}
 #: Nats a byte that an optimizer must end below a run whose hidden matrices stay as they were drawn.

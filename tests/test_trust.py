@@ -273,7 +273,7 @@ def test_a_gradient_that_is_the_weight_is_refused_by_name(name):
     p = parameter(randn(6, 8))
     o = orthdion.create(name, [{"params": [p], "param_names": ["inner.weight"]}], backend="rust")
     p.grad = p.detach()
-    if name in ("muon", "normuon", "dion2", "rmnp", "sinkgd"):  # plain torch reads before it writes
+    if name in ("muon", "normuon", "dion2", "rmnp", "dion3", "sinkgd"):  # plain torch reads before it writes
         other = parameter(p.detach().clone(), p.detach().clone())
         orthdion.create(name, [other], backend="rust").step()
         o.step()

@@ -8,6 +8,7 @@ from .completed_dion import CompletedDion
 from .curvadion import CurvaDion
 from .dion import Dion
 from .dion2 import Dion2
+from .dion3 import Dion3
 from .lion import Lion
 from .muon import Muon
 from .normuon import NorMuon
@@ -23,6 +24,7 @@ __all__ = [
     "CurvaDion",
     "Dion",
     "Dion2",
+    "Dion3",
     "Lion",
     "Muon",
     "NorMuon",
@@ -37,6 +39,7 @@ OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
     "orth-dion": OrthDion,
     "dion": Dion,
     "dion2": Dion2,
+    "dion3": Dion3,
     "curvadion": CurvaDion,
     "muon": Muon,
     "normuon": NorMuon,

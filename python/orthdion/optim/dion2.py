@@ -55,16 +55,21 @@ class Dion2Rule(Rule):
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """``M ← M + G``, ``D[S] = polar(M[S])``, ``M[S] ← decay·M[S]``"""
+        axis = 0 if w.shape[0] <= w.shape[1] else 1
+        m, slices, o = yield from self.orthogonalized(w, axis)
+        d = torch.zeros_like(m).index_copy_(axis, slices, o)
+        done: Outcome = yield Update(w, d, self.lr, self.weight_decay, {"momentum": m}, w.scale)
+        return done
+
+    def orthogonalized(self, w: Matrix, axis: int) -> Generator[Any, Any, tuple[Tensor, Tensor, Tensor]]:
+        """The new momentum; which of this rank's slices along ``axis`` are stepped, and of these the polar factor."""
         m = w.read("momentum") + self.sign * w.gradient
         m.clamp_(torch.finfo(m.dtype).min, torch.finfo(m.dtype).max)  # a sum, which may leave the range
-        axis = 0 if w.shape[0] <= w.shape[1] else 1
         slices, part = yield from self._selected(w, m, axis)
         u = m.index_select(axis, slices)
         o = yield Whole(u, part, partial(self._polar, w))
-        d = torch.zeros_like(m).index_copy_(axis, slices, o)
         m.index_copy_(axis, slices, self.ef_decay * u)
-        done: Outcome = yield Update(w, d, self.lr, self.weight_decay, {"momentum": m}, w.scale)
-        return done
+        return m, slices, o
 
     def _selected(self, w: Matrix, m: Tensor, axis: int) -> Generator[Any, Any, tuple[Tensor, Matrix]]:
         """Which of this rank's slices are among the largest, ascending; and the matrix of all that are."""

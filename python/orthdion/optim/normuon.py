@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..core.optimizer import MatrixOptimizer
@@ -15,7 +16,7 @@ from ..core.rule import States, StateSpec
 from ..requests import Body, Matrix, Outcome, Reduce, Update
 from .muon import MuonRule
 
-__all__ = ["NorMuon", "NorMuonRule"]
+__all__ = ["NorMuon", "NorMuonRule", "even_rows"]
 
 
 @register
@@ -36,21 +37,26 @@ class NorMuonRule(MuonRule):
         """Muon's momentum and direction; ``v ← lerp(v, mean_cols(O²), 1 − β₂)``."""
         u, m = self.lookahead(w)
         o = yield from self.orthogonalized(w, u)
-        d, v = yield from self._even_rows(w, o)
+        d, v = yield from even_rows(w, o, w.read("variance"), self.beta2, self.epsilon)
         done: Outcome = yield Update(w, d, self.lr, self.weight_decay, {"momentum": m, "variance": v}, w.scale)
         return done
 
-    def _even_rows(self, w: Matrix, o: Tensor) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
-        """O with even rows, and their variance. Squares are summed over the ranks with the other columns."""
-        squares = yield Reduce(o.double().square().sum(1), w.layout.cols, "variance")
-        v = self.beta2 * w.read("variance") + (1.0 - self.beta2) * (squares / max(w.shape[1], 1)).to(o.dtype)
-        scales = 1.0 / (v.double().sqrt() + self.epsilon)
-        before, after = yield (
-            Reduce(squares.sum(), w.layout.rows, "norms"),
-            Reduce((squares * scales.square()).sum(), w.layout.rows, "norms"),
-        )
-        scales = scales * (before / after.clamp_min(1e-300)).sqrt()
-        return o * scales.to(o.dtype)[:, None], v
+
+def even_rows(
+    w: Matrix, o: Tensor, v: Tensor, beta2: float, epsilon: float
+) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
+    """O, or those rows of it whose variance is v, with even rows; and the new variance. Squares are summed over the
+    ranks with the other columns. A row of zeros that has had no other stays zeros.
+    """
+    squares = yield Reduce(o.double().square().sum(1), w.layout.cols, "variance")
+    v = beta2 * v + (1.0 - beta2) * (squares / max(w.shape[1], 1)).to(o.dtype)
+    scales = torch.where(v > 0.0, 1.0 / (v.double().sqrt() + epsilon), 0.0)
+    before, after = yield (
+        Reduce(squares.sum(), w.layout.rows, "norms"),
+        Reduce((squares * scales.square()).sum(), w.layout.rows, "norms"),
+    )
+    scales = scales * (before / after.clamp_min(1e-300)).sqrt()
+    return o * scales.to(o.dtype)[:, None], v
 
 
 class NorMuon(MatrixOptimizer, rule=NorMuonRule):
