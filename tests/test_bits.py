@@ -7,7 +7,9 @@ import pytest
 import torch
 from oracles import randn
 
+from orthdion.backends import get
 from orthdion.numerics.bits import average, pack, row_bytes, unpack
+from orthdion.requests import ALONE, CompressedMean
 
 SIZES = [(5, 1), (3, 7), (4, 8), (1, 63), (6, 64), (7, 65), (2, 130), (0, 9), (4, 0)]
 DTYPES = (torch.float32, torch.float64)
@@ -72,3 +74,11 @@ def test_what_is_packed_is_packed_to_the_same_bytes_again():
     for bits in (1, 4):
         t = unpack(pack(randn(9, 100, dtype=torch.float64), bits), 100, bits, torch.float64)
         torch.testing.assert_close(unpack(pack(t, bits), 100, bits, torch.float64), t, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("backend", ["torch", "rust"])
+def test_a_rule_may_ask_for_the_mean_where_it_is_alone(bits, backend):
+    t = randn(9, 70, dtype=torch.float64)
+    (alone,) = get(backend).answer([CompressedMean(t, ALONE, bits, "residual")])
+    torch.testing.assert_close(alone, plain(plain(t, bits), bits))

@@ -22,6 +22,7 @@ from ..requests import (
     Average,
     Blend,
     Columns,
+    CompressedMean,
     Energies,
     Factor,
     Form,
@@ -60,6 +61,7 @@ class TorchBackend:
     _METHODS: ClassVar[dict[type[Request], str]] = {
         Average: "average",
         Columns: "columns",
+        CompressedMean: "compressed_mean",
         Energies: "energies",
         Factor: "factor",
         Gram: "gram",
@@ -163,6 +165,11 @@ class TorchBackend:
     def average(self, q: Average) -> Tensor:
         """From bits to bits."""
         return bits.average(q.packed, q.columns, q.bits, q.dtype)
+
+    def compressed_mean(self, q: CompressedMean) -> Tensor:
+        """Of a rank that is alone: packed twice, as its own owner."""
+        n, dtype = q.tensor.shape[1], q.tensor.dtype
+        return bits.unpack(bits.average(bits.pack(q.tensor, q.bits)[None], n, q.bits, dtype), n, q.bits, dtype)
 
     # ------------------------------------------------------------ blends
 
