@@ -5,6 +5,7 @@
 //! input needs it, and report directions that they could not determine. Scratch is kept by each thread and reused.
 //! Results do not depend on the number of threads.
 
+pub mod bits;
 pub mod borrow;
 pub mod elementwise;
 pub mod error;

@@ -7,6 +7,7 @@
 
 mod linalg;
 mod parts;
+mod residual;
 mod step;
 mod table;
 
@@ -65,5 +66,11 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(parts::largest, m)?)?;
     m.add_function(wrap_pyfunction!(parts::writes, m)?)?;
     m.add_function(wrap_pyfunction!(parts::overlap, m)?)?;
+    m.add_function(wrap_pyfunction!(residual::residuals, m)?)?;
+    m.add_function(wrap_pyfunction!(residual::residual_sums, m)?)?;
+    m.add_function(wrap_pyfunction!(residual::squares, m)?)?;
+    m.add_function(wrap_pyfunction!(residual::pack, m)?)?;
+    m.add_function(wrap_pyfunction!(residual::unpack, m)?)?;
+    m.add_function(wrap_pyfunction!(residual::average, m)?)?;
     Ok(())
 }
