@@ -63,8 +63,8 @@ impl Bits {
 
 /// What the format needs of a working precision.
 pub trait Coded: Real {
-    /// The nearest integer, halves to even; NaN is 0.
-    fn nearest(self) -> i32;
+    /// The last byte of the nearest integer, halves to even, of a number of at most [`LEVELS`]; of a NaN any byte.
+    fn nearest(self) -> u8;
     /// From a small integer.
     fn whole(x: i32) -> Self;
     /// Its bytes, in the order of this machine.
@@ -79,11 +79,12 @@ pub trait Coded: Real {
 }
 
 macro_rules! coded {
-    ($t:ty) => {
+    ($t:ty, $ones:literal) => {
         impl Coded for $t {
             #[inline(always)]
-            fn nearest(self) -> i32 {
-                self.round_ties_even() as i32
+            fn nearest(self) -> u8 {
+                // So large a number has no fraction: the sum is rounded to an integer, which stands in its last bits.
+                (self + $ones).to_bits() as u8
             }
             #[inline(always)]
             fn whole(x: i32) -> Self {
@@ -104,8 +105,8 @@ macro_rules! coded {
         }
     };
 }
-coded!(f32);
-coded!(f64);
+coded!(f32, 12_582_912.0); // 1.5·2²³
+coded!(f64, 6_755_399_441_055_744.0); // 1.5·2⁵²
 
 /// The shape of a matrix, and its format.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -312,10 +313,13 @@ fn pack_row<T: Coded>(bits: Bits, row: &[T], to: &mut [u8]) {
                 let unit = largest(&padded) / T::of(LEVELS);
                 unit.put(scale);
                 let unit = if unit > T::TINY { unit } else { T::TINY };
+                let (least, most) = (T::of(-LEVELS), T::of(LEVELS));
                 let mut codes = [0u8; BLOCK];
                 for (code, x) in codes.iter_mut().zip(padded) {
-                    let step = (x / unit * T::GROWN).nearest();
-                    *code = (step.clamp(-(LEVELS as i32), LEVELS as i32) + LEVELS as i32 + 1) as u8;
+                    let step = x / unit * T::GROWN;
+                    let step = if step > most { most } else { step };
+                    let step = if step < least { least } else { step };
+                    *code = step.nearest().wrapping_add(LEVELS as u8 + 1);
                 }
                 codes[block.len()..].fill(0);
                 for (i, byte) in entries.iter_mut().enumerate() {
