@@ -199,9 +199,12 @@ impl<'a> MatMut<'a> {
         MatMut { view: self.view.col_range(range), exclusive: PhantomData }
     }
 
-    /// The view's memory, for code that writes disjoint parts from several threads.
+    /// The view's memory, for code that reads and writes disjoint parts from several threads.
+    ///
+    /// # Safety
+    /// While a thread writes an element, nobody else reads or writes it through what is returned.
     #[inline(always)]
-    pub(crate) fn raw(&self) -> Mat<'a> {
+    pub(crate) unsafe fn raw(&self) -> Mat<'a> {
         self.view
     }
 }

@@ -89,7 +89,8 @@ impl<'a, 'b, T: Real> Product<'a, 'b, T> {
             rhs: self.rhs,
             k_major: self.rhs.contiguous_down(),
             epilogue: Epilogue {
-                out: self.out.raw(),
+                // SAFETY: each thread reads and writes the columns of its own share alone.
+                out: unsafe { self.out.raw() },
                 alpha: T::of(self.alpha),
                 beta: T::of(self.beta),
                 plus: self.plus,

@@ -171,10 +171,10 @@ impl<T: Real> Packed<T> {
 /// A pointer whose users write disjoint parts.
 #[derive(Clone, Copy)]
 pub(crate) struct SendPtr<T>(pub(crate) *mut T);
-// SAFETY: every use states which part a thread writes.
-unsafe impl<T> Send for SendPtr<T> {}
+// SAFETY: every use states which part a thread writes; elements then move between threads.
+unsafe impl<T: Send> Send for SendPtr<T> {}
 // SAFETY: as above.
-unsafe impl<T> Sync for SendPtr<T> {}
+unsafe impl<T: Send> Sync for SendPtr<T> {}
 
 struct PackLhs<'a, T> {
     view: Mat<'a>,

@@ -341,7 +341,8 @@ fn times_upper<T: Real>(cx: Context, a: Mat<'_>, upper: &[f64], out: MatMut<'_>)
 
 /// `out ← a`, converted.
 pub(crate) fn copy(a: Mat<'_>, mut out: MatMut<'_>) {
-    let view = out.reborrow().raw();
+    // SAFETY: this thread alone uses `out`.
+    let view = unsafe { out.reborrow().raw() };
     assert_eq!((a.rows, a.cols), (view.rows, view.cols), "a copy keeps the shape");
     let mut line = Scratch::<f64>::new(a.cols);
     for i in 0..a.rows {

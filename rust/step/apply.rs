@@ -178,7 +178,8 @@ pub(super) fn write<T: Real>(
     let back = (o.a != o.b).then(|| Side::<T>::new(cx, f.w, row_major(m.as_ref())));
 
     let panel_rows = panel_rows((rows, n));
-    let (x, m) = (x.raw(), m.raw());
+    // SAFETY: a panel's rows are read and written by the one thread that has the panel.
+    let (x, m) = unsafe { (x.raw(), m.raw()) };
     let step = -o.lr * scale;
     let decay = (1.0 - o.lr * o.weight_decay, o.cautious && o.weight_decay > 0.0);
     let serial = cx.serial();
@@ -235,7 +236,9 @@ pub(super) fn write<T: Real>(
         match &back {
             Some(back) => back.product(serial, -(o.a - o.b) / f.size, p, o.a, m, plus),
             None => {
-                cx.isa.run(Accumulate::<T> { m: m.raw(), g, a: o.a, sign: f.sign, kind: Default::default() })
+                // SAFETY: this thread alone uses the panel.
+                let m = unsafe { m.raw() };
+                cx.isa.run(Accumulate::<T> { m, g, a: o.a, sign: f.sign, kind: Default::default() })
             }
         }
     });

@@ -198,7 +198,8 @@ fn one<T: Real>(cx: Context, matrix: &mut Matrix<'_>, o: &Options) -> Report {
     let skipped = Report { skipped: true, ..Report::default() };
     let sign = if o.maximize { -1.0 } else { 1.0 };
     // Shared copies of M and G: read here, and by `apply` panel by panel before it writes that panel's M.
-    let (mv, gv) = (matrix.m.raw(), matrix.g);
+    // SAFETY: nothing writes M before `apply`, which reads a panel before it writes that panel, on one thread.
+    let (mv, gv) = (unsafe { matrix.m.raw() }, matrix.g);
     let unscaled = match o.nesterov {
         Some(k) => Terms::two(k, mv, (1.0 + k) * sign, gv),
         None => Terms::two(1.0, mv, sign, gv),

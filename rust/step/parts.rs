@@ -220,7 +220,8 @@ impl Write<'_> {
         }
         let sign = if o.maximize { -1.0 } else { 1.0 };
         // A shared copy of M, as in the whole step: each panel reads it before it writes that panel.
-        let mv = m.raw();
+        // SAFETY: `apply::write` reads a panel of M before it writes that panel, on one thread.
+        let mv = unsafe { m.raw() };
         let b = match o.nesterov {
             Some(k) => Terms::two(k, mv, (1.0 + k) * sign, g),
             None => Terms::two(1.0, mv, sign, g),

@@ -271,3 +271,133 @@ impl<T: Real> Kernel for ScaleBoth<'_, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::oracle::Dense;
+    use super::super::parts::{Missing, Residual, Write, writes};
+    use super::super::tests::options;
+    use super::super::{RightFactor, Tail};
+    use super::*;
+    use crate::gemm::tests::noise;
+
+    fn dense(rows: usize, cols: usize, seed: u64) -> Dense {
+        Dense::new(rows, cols, noise(seed, rows * cols))
+    }
+
+    /// `T`, its row sums, and those with columns scaled.
+    fn by_hand(b: &Dense, p: &Dense, r: &Dense, columns: &[f64]) -> (Dense, Vec<f64>, Vec<f64>) {
+        let t = b.mix(1.0, -1.0, &p.times(&r.t()));
+        let sum = |scales: Option<&[f64]>| {
+            let row = |i: usize| {
+                let entry = |j: usize| t.data[i * t.cols + j] * scales.map_or(1.0, |s| s[j]);
+                (0..t.cols).map(|j| entry(j).powi(2)).sum::<f64>()
+            };
+            (0..t.rows).map(row).collect::<Vec<_>>()
+        };
+        let (raw, scaled) = (sum(None), sum(Some(columns)));
+        (t, raw, scaled)
+    }
+
+    fn close(got: &[f64], want: &[f64]) {
+        for (x, y) in got.iter().zip(want) {
+            assert!((x - y).abs() <= 1e-12 * (1.0 + y.abs()), "{x} is not {y}");
+        }
+    }
+
+    #[test]
+    fn residuals_and_their_sums_are_their_definitions() {
+        for (rows, cols, k, threads) in
+            [(1, 1, 1, 1), (50, 37, 6, 2), (400, 90, 9, 3), (0, 4, 0, 1), (4, 0, 0, 1)]
+        {
+            let cx = Context::new(threads);
+            let (m, g) = (dense(rows, cols, 1), dense(rows, cols, 2));
+            let (p, r) = (dense(rows, k, 3), dense(cols, k, 4));
+            let columns: Vec<f64> = noise(5, cols);
+            let b = m.mix(0.5, -2.0, &g);
+            let (t, raw, scaled) = by_hand(&b, &p, &r, &columns);
+            let b = Sum::new((0.5, m.view()), (-2.0, g.view())).unwrap();
+            let missed = Missed { b, p: p.view(), r: r.view() };
+            let mut out = vec![7.0f64; rows * cols];
+            residuals::<f64>(cx, vec![(missed, MatMut::row_major(&mut out, rows, cols))]).unwrap();
+            close(&out, &t.data);
+            let (mut first, mut second) = (vec![7.0; rows], vec![7.0; rows]);
+            let job = Sums { missed, columns: &columns, raw: &mut first, scaled: &mut second };
+            residual_sums::<f64>(cx, vec![job]).unwrap();
+            close(&first, &raw);
+            close(&second, &scaled);
+            let (mut of_rows, mut of_columns) = (vec![7.0; rows], vec![7.0; cols]);
+            let job =
+                Squares { t: &t.data, columns: None, rows: &mut of_rows, of_columns: Some(&mut of_columns) };
+            if rows > 0 && cols > 0 {
+                squares(cx, vec![job]).unwrap();
+                close(&of_rows, &raw);
+                let down = |j: usize| (0..rows).map(|i| t.data[i * cols + j].powi(2)).sum::<f64>();
+                close(&of_columns, &(0..cols).map(down).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn a_residual_is_written_alike_whether_it_is_given_or_formed() {
+        let (rows, cols, k) = (300, 41, 5);
+        let (x, g, m) = (dense(rows, cols, 1), dense(rows, cols, 2), dense(rows, cols, 3));
+        let (p, u, r) = (dense(rows, k, 4), dense(cols, k, 5), dense(cols, k, 6));
+        let (of_columns, of_rows): (Vec<f64>, Vec<f64>) = (noise(7, cols), noise(8, rows));
+        let o = options(RightFactor::Qr, Tail::Feedback);
+        let b = m.mix(1.0, 1.0, &g);
+        let (t, ..) = by_hand(&b, &p, &r, &of_columns);
+        let mut scaled = t.clone();
+        for i in 0..rows {
+            for j in 0..cols {
+                scaled.data[i * cols + j] *= of_columns[j] * of_rows[i];
+            }
+        }
+        let (columns, scales) = (&of_columns[..], &of_rows[..]);
+        for (residual, added) in [
+            (Residual::Given(0.3, t.view()), t.mix(0.3, 0.0, &t)),
+            (Residual::Scaled { from: Missing::T(t.view()), columns, rows: scales }, scaled.clone()),
+            (Residual::Scaled { from: Missing::R(r.view()), columns, rows: scales }, scaled.clone()),
+        ] {
+            for down in [false, true] {
+                let d = p.times(&u.t()).mix(1.0, 1.0, &added);
+                let want = x.mix(1.0 - o.lr * o.weight_decay, -o.lr * 0.7, &d);
+                let mut weights = if down { x.t().data } else { x.data.clone() };
+                let view = if down {
+                    MatMut::row_major(&mut weights, cols, rows).t()
+                } else {
+                    MatMut::row_major(&mut weights, rows, cols)
+                };
+                let mut momentum = m.clone();
+                let job = Write {
+                    options: o,
+                    scale: 0.7,
+                    x: view,
+                    g: g.view(),
+                    m: MatMut::row_major(&mut momentum.data, rows, cols),
+                    factors: [p.view(), u.view(), u.view()],
+                    residual,
+                    size: 1.0,
+                };
+                writes::<f64>(Context::new(2), vec![job]).unwrap();
+                let got =
+                    if down { Dense::new(cols, rows, weights).t() } else { Dense::new(rows, cols, weights) };
+                assert!(got.distance(&want) < 1e-12 * want.norm());
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_before_anything_is_written() {
+        let cx = Context::new(1);
+        let (m, a) = (dense(4, 3, 1), dense(4, 2, 2));
+        let b = Sum::new((1.0, m.view()), (1.0, m.view())).unwrap();
+        let mut out = vec![7.0f64; 12];
+        let wrong = Missed { b, p: a.view(), r: a.view() };
+        assert!(residuals::<f64>(cx, vec![(wrong, MatMut::row_major(&mut out, 4, 3))]).is_err());
+        let mut rows = [7.0; 3];
+        let job = Squares { t: &m.data, columns: None, rows: &mut rows, of_columns: Some(&mut out[..2]) };
+        assert!(squares(cx, vec![job]).is_err());
+        assert!(out == [7.0; 12] && rows == [7.0; 3]);
+    }
+}

@@ -44,7 +44,8 @@ pub(super) fn right_factor<T: Real>(
             let scales = norms.iter().zip(&null);
             let scales: Vec<f64> =
                 scales.map(|(x, null)| if *null { 0.0 } else { 1.0 / (x + o.epsilon * largest) }).collect();
-            cx.isa.run(ScaleColumns { r, scales: &scales, out: v.raw() });
+            // SAFETY: this thread alone uses `v`.
+            cx.isa.run(ScaleColumns { r, scales: &scales, out: unsafe { v.raw() } });
             null
         }
         // Unlike those of B·Q, R's columns are nearly orthogonal once the power iteration has settled.
