@@ -32,7 +32,7 @@ class Communicator:
     """Posts collectives and counts them; ``reduce_dtype`` rounds factors and gradients on the wire."""
 
     def __init__(self, reduce_dtype: torch.dtype | None = None) -> None:
-        self._reduce_dtype = reduce_dtype
+        self.reduce_dtype = reduce_dtype
         #: Whether every rank has every matrix. Where stacks are shared out, ranks take unlike numbers of rounds, and
         #: two buckets at a time would post what they have in common in unlike orders.
         self.uniform = True
@@ -48,7 +48,7 @@ class Communicator:
 
     def fresh(self) -> Communicator:
         """One like it that has sent nothing."""
-        other = Communicator(self._reduce_dtype)
+        other = Communicator(self.reduce_dtype)
         other.uniform = self.uniform
         return other
 
@@ -127,7 +127,7 @@ class Communicator:
         padded = longest * group.size > _PADDING * sum(q.tensor.numel() for q in requests)
         saved = sum(4 * q.tensor.numel() * q.tensor.shape[1] for q in requests) * (1 - 1 / group.size)
         # A factor that was rounded on its way back would not be orthonormal: then only the sums are.
-        if self._reduce_dtype is not None or padded or saved < WORTH:
+        if self.reduce_dtype is not None or padded or saved < WORTH:
             plain = [Reduce(q.tensor, group, q.what, q.divisor, rounded=True) for q in requests]
             reduced = yield from self.reduce(plain)
             return compute([_here(q, a) for q, a in zip(requests, reduced, strict=True)])
@@ -226,7 +226,7 @@ class Communicator:
 
     def _flat(self, tensors: list[Tensor], rounded: bool) -> Tensor:
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        return flat.to(self._reduce_dtype) if rounded and self._reduce_dtype is not None else flat
+        return flat.to(self.reduce_dtype) if rounded and self.reduce_dtype is not None else flat
 
     def _count(self, collective: str, group: Group, numbers: dict[str, int], flat: Tensor) -> None:
         """Shares a buffer's bytes, padding included, out to what is in it."""

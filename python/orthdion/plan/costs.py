@@ -240,7 +240,9 @@ def _update(q: Update, fused: bool) -> Answered:
     """One pass over X, D and the states; a fused step's only pass reads G and the states too."""
     kept = [q.w.state[name] for name in q.states]
     if fused:
-        cost = Cost("one pass", _name(q.w.precision.dtype), 4 * q.w.x.numel(), 2 * size_of(q.w.x, *kept) + size_of(q.w.g))
+        cost = Cost(
+            "one pass", _name(q.w.precision.dtype), 4 * q.w.x.numel(), 2 * size_of(q.w.x, *kept) + size_of(q.w.g)
+        )
         return Answered((cost,), Report())
     moved = 2 * size_of(q.w.x) + size_of(q.direction, *q.states.values(), *kept)
     return Answered((Cost("passes", _name(q.w.precision.dtype), 4 * q.w.x.numel(), moved),), Report())
@@ -251,7 +253,7 @@ def _packed(t: Tensor, m: int, columns: int, how: int, dtype: torch.dtype) -> Te
 
 
 def _pack(q: Pack, fused: bool) -> Answered:
-    out = _packed(q.tensor, *q.tensor.shape, q.bits, q.tensor.dtype)
+    out = _packed(q.tensor, q.tensor.shape[0], q.tensor.shape[1], q.bits, q.tensor.dtype)
     return Answered(_pass(2 * q.tensor.numel(), q.tensor, out), out)
 
 
@@ -318,5 +320,3 @@ def cost_of(request: Request, fused: bool = False) -> Answered:
             "planned; give it a row in orthdion/plan/costs.py"
         )
     return row(request, fused)
-
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -78,21 +78,21 @@ class Hardware:
             total += n * max(cost.flops / self.rate(cost), cost.bytes / bandwidth)
         return total
 
-    def on_the_wire(self, sent: Sequence[Sent]) -> float:
+    def on_the_wire(self, sent: Mapping[Sent, int]) -> float:
         """Seconds of collectives, one after the other.
 
         Raises:
             ValueError: where there are some and no link is known.
         """
         total = 0.0
-        for one in sent:
+        for one, n in sent.items():
             ranks = one.group.ranks
             near = ranks[0] // self.node == ranks[-1] // self.node
             bandwidth = self.inside if near and self.inside else self.across
             if not bandwidth:
                 raise ValueError(f"no link of {self.name} is known: give link= in Gbit/s")
             w = len(ranks)
-            total += 2 * (w - 1) / w * one.bytes / bandwidth + self.latency * math.ceil(math.log2(w))
+            total += n * (2 * (w - 1) / w * one.bytes / bandwidth + self.latency * math.ceil(math.log2(w)))
         return total
 
 
@@ -214,7 +214,7 @@ def _matrix(bench: _Bench) -> Matrix:
 
 
 def measured(seconds: float = 0.3) -> Hardware:
-    """This machine's processors: what the backend that serves them makes of each kind of work, with torch's number of
+    """Processors of this machine: what the backend that serves them makes of each kind of work, with torch's number of
     threads; each of some ten measurements takes ``seconds`` or more. The link is not measured.
     """
     bench = _Bench(seconds)
@@ -226,7 +226,7 @@ def measured(seconds: float = 0.3) -> Hardware:
     bench.rate("product", Sketch(b, q), Product(b, p), write)
     for kind in ("qr", "polar"):
         # R's columns are nearly orthogonal in a step, and so are these.
-        small, large = (Factor(bench.randn(n, _RANK), kind, 64 * 2.0**-24, ALONE, kind) for n in _FACTORS)  # type: ignore[arg-type]
+        small, large = (Factor(bench.randn(n, _RANK), kind, 64 * 2.0**-24, ALONE, kind) for n in _FACTORS)
         bench.two(small, large)
     coefficients = ((3.4445, -4.7750, 2.0315),) * 5
     square, long = (NewtonSchulz(bench.randn(_SIDE, n), coefficients, Precision()) for n in (_SIDE, _LONG))

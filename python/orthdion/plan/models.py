@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +68,8 @@ class Model:
 
 
 def model_of(model: Any) -> Model:
-    """A preset's name, a :class:`Model`, a module, a transformers config, or shapes: a list, or a mapping from names.
+    """A preset's name, a :class:`Model`, a module, a transformers config, shapes (a list, or a mapping from names), or
+    the path of a .json file with such a mapping or a transformers config.
 
     Raises:
         ValueError: for a name that is no preset. TypeError: for anything else.
@@ -74,9 +77,13 @@ def model_of(model: Any) -> Model:
     if isinstance(model, Model):
         return model
     if isinstance(model, str):
-        if model not in PRESETS:
-            raise ValueError(f"model must be one of {', '.join(PRESETS)}, or a module, a config or shapes; not {model!r}")
-        return PRESETS[model]()
+        if model in PRESETS:
+            return PRESETS[model]()
+        if Path(model).suffix == ".json":
+            return _of_file(Path(model))
+        raise ValueError(
+            f"model must be one of {', '.join(PRESETS)}, a .json file, a module, a config or shapes; not {model!r}"
+        )
     if isinstance(model, nn.Module):
         return _of_module(model)
     if hasattr(model, "model_type") and hasattr(model, "to_dict"):
@@ -126,14 +133,25 @@ def _of_module(model: nn.Module) -> Model:
     return Model(type(model).__name__, tuple(weights))
 
 
+def _of_file(path: Path) -> Model:
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise TypeError(f"{path} must have shapes by name, or a transformers config, not {type(found).__name__}")
+    if "model_type" not in found:
+        return replace(model_of(found), name=path.stem)
+    from transformers import AutoConfig
+
+    return _of_config(AutoConfig.for_model(**found))
+
+
 def _of_config(config: Any) -> Model:
     from transformers import AutoModel, AutoModelForCausalLM
 
     with torch.device("meta"):
         try:
-            module = AutoModelForCausalLM.from_config(config)
+            module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         except ValueError:  # no language model
-            module = AutoModel.from_config(config)
+            module = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
     return Model(str(config.model_type), _of_module(module).weights)
 
 

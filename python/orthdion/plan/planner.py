@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..core.gradients import arrive, checked_by_the_step
 from ..core.members import compressed
 from ..core.optimizer import MatrixOptimizer
 from ..core.rule import Rule
-from ..core.runtime import Runtime
+from ..core.runtime import BUCKET_BYTES, Runtime
 from ..core.states import Sides, Stored, stored
 from ..create import create, optimizer_of, rule_of
 from ..distributed import Placed, Traffic, lay, unsharded
@@ -41,7 +42,7 @@ class Count:
     Attributes:
         work: how often each cost, its flops and bytes, arises.
         traffic: bytes in collectives, as :meth:`orthdion.MatrixOptimizer.communication` counts them.
-        sent: every collective, with its ranks.
+        sent: how often each collective, with its ranks and bytes.
         state_bytes: of the states that the rank keeps.
         weight_bytes: of the weights that it keeps.
         backward: bytes of gradients that something else averages before the step, as DDP does for a rule that cannot
@@ -50,7 +51,7 @@ class Count:
 
     work: Counter[Cost]
     traffic: Traffic
-    sent: list[Sent]
+    sent: Counter[Sent]
     state_bytes: int
     weight_bytes: int
     backward: int = 0
@@ -104,9 +105,10 @@ class _Planner:
     _placed: dict[Hashable, Placed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.backend = CountingBackend()
         self.rules = self.optimizer._rules()
-        self.comm = CountingCommunicator(self.optimizer._comm._reduce_dtype)
+        self.reduce_dtype = self.optimizer._comm.reduce_dtype
+        self.buckets: dict[Hashable, tuple[CountingCommunicator, CountingBackend]] = {}
+        self.traffic, self.sent, self.work = Traffic(), Counter[Sent](), Counter[Cost]()
 
     # ------------------------------------------------------------------ where things lie
 
@@ -124,7 +126,6 @@ class _Planner:
         at = compressed(placed.layout, rule, fold, sides)
         if (why := rule.unsupported(at)) is not None:
             raise ValueError(f"{weight.name}: {why}")
-        self.comm.uniform &= not placed.stack_is_shared(fold is not None and fold.stacked)
         return _Part(entry, rule, placed, at, sides, gradient=p.dtype)
 
     def placed(self, name: str, entry: Entry, where: Spread) -> Placed:
@@ -138,9 +139,7 @@ class _Planner:
                 self._placed[key] = Placed(None, (), whole, unsharded(where.replicas), shape)
             else:
                 own = None if roles is None else list(roles)
-                self._placed[key] = lay(
-                    where.grid, where.placements, shape, name, own, where.replicas, self.groups
-                )
+                self._placed[key] = lay(where.grid, where.placements, shape, name, own, where.replicas, self.groups)
         return self._placed[key]
 
     def stored(self, part: _Part, name: str) -> dict[str, Stored]:
@@ -168,7 +167,7 @@ class _Planner:
             size = math.prod(part.sizes)
             return [((shared, size), partial(self._row, part, size, precision))]
         first, last = placed.ranges[0] if fold.stacked else (0, 1)
-        kinds = []
+        kinds: list[tuple[Hashable, Callable[[], Matrix]]] = []
         for k in range(fold.parts):
             key = (id(placed), fold, part.sides.flips, k)
             if key not in self._extents:
@@ -215,9 +214,7 @@ class _Planner:
         x = torch.empty(here, dtype=part.entry.p.dtype, device="meta")
         g = torch.empty(here, dtype=part.gradient, device="meta")
         cautious = part.rule.cautious_weight_decay
-        return Matrix(
-            x, g, state, shape, fan, scale, at, precision, diagnose=False, cautious=cautious, extents=extents
-        )
+        return Matrix(x, g, state, shape, fan, scale, at, precision, diagnose=False, cautious=cautious, extents=extents)
 
     # ------------------------------------------------------------------ the step
 
@@ -227,50 +224,48 @@ class _Planner:
 
     def arrivals(self, parts: list[_Part]) -> None:
         """Gradients that ranks must agree upon, or average, before the rules see them."""
-        bodies: list[Body[Any]] = []
-        offsets = []
+        asked: list[Any] = []
         for part in parts:
             alone = part.at.domain.size == 1
             if checked_by_the_step(part.rule, part.at) or (alone and self.whole_step(part)):
                 continue
             kind = ("arrival", part.sizes, part.gradient, part.at)
             make = partial(_arrival, part.sizes, part.gradient, part.at)
-            bodies.append(self.body(kind, make, False))
-            offsets.append(part.offset)
+            asked.append((kind, make, False, part.offset))
             if part.at.replicas.size > 1 and part.gradient != torch.float64:
                 part.gradient = torch.float32
             part.at = part.at.synchronised()
-        self.run(bodies, offsets)
+        self.run(asked)
 
     def steps(self, parts: list[_Part]) -> None:
         """The rules' bodies."""
-        bodies: list[Body[Any]] = []
-        offsets = []
+        asked: list[Any] = []
         for part in parts:
             fused = self.whole_step(part)
             for kind, make in self.matrices(part):
-                bodies.append(self.body(kind, partial(_step, part.rule, make), fused))
-                offsets.append(part.offset)
-        self.run(bodies, offsets)
+                asked.append((kind, partial(_step, part.rule, make), fused, part.offset))
+        self.run(asked)
 
-    def body(self, kind: Hashable, make: Callable[[], Body[Any]], fused: bool) -> Body[None]:
-        """A body that asks for what the bodies of this kind do: one of them is run."""
-        if kind not in self.traces:
-            self.traces[kind] = traced(make(), fused)
-        self.traces[kind].uses += 1
-        return self.traces[kind].again()
-
-    def run(self, bodies: list[Body[Any]], offsets: list[int]) -> None:
-        """Has them run side by side, as real ones are."""
-        Runtime(self.comm, self.backend).run(bodies, offsets)
-
-    def work(self) -> Counter[Cost]:
-        """What bodies and owners have computed."""
-        total = Counter(self.backend.work)
-        for trace in self.traces.values():
-            for cost, n in trace.work.items():
-                total[cost] += trace.uses * n
-        return total
+    def run(self, asked: list[tuple[Hashable, Callable[[], Body[Any]], bool, int]]) -> None:
+        """Runs bodies, by their kinds, how they are made, whether fused, and their offsets, side by side as real ones
+        are. Those of one bucket travel together; of buckets that hold the same kinds one is run.
+        """
+        for _, bucket in groupby(asked, key=lambda one: one[-1] // BUCKET_BYTES):
+            kinds = []
+            for kind, make, fused, _ in bucket:
+                if kind not in self.traces:
+                    self.traces[kind] = traced(make(), fused)
+                self.work.update(self.traces[kind].work)
+                kinds.append(kind)
+            key = tuple(kinds)
+            if key not in self.buckets:
+                comm, backend = CountingCommunicator(self.reduce_dtype), CountingBackend()
+                Runtime(comm, backend).run([self.traces[k].again() for k in kinds], [0] * len(kinds))
+                self.buckets[key] = comm, backend
+            comm, backend = self.buckets[key]
+            self.traffic += comm.traffic
+            self.sent.update(comm.sent)
+            self.work.update(backend.work)
 
 
 def _arrival(sizes: tuple[int, ...], dtype: torch.dtype, at: Lies) -> Body[Any]:
@@ -323,5 +318,4 @@ def count(
             parts.append(part)
     planner.arrivals(parts)
     planner.steps(parts)
-    planner.comm.close_step()
-    return Count(planner.work(), planner.comm.last, planner.comm.sent, states, weights)
+    return Count(planner.work, planner.traffic, planner.sent, states, weights)

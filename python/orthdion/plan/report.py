@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Planned:
     """One rule on so many ranks; of the rank that was planned, for one step.
 
     Attributes:
-        optimizer: its name and options.
+        optimizer: its name and options; ``rule`` is what steps its matrices.
         ranks: how many processes.
         flops, flops_by_kind: by the definition of each kind of work (:mod:`orthdion.plan.costs`).
         bytes_moved: read from and written to memory.
@@ -44,6 +45,7 @@ class Planned:
     """
 
     optimizer: str
+    rule: str
     ranks: int
     flops: int
     flops_by_kind: dict[str, int]
@@ -106,9 +108,13 @@ class Plan:
         lines.append(f"times: a roofline of {self.hardware} ({self.source}), nothing overlapped")
         return lines
 
+    @property
+    def title(self) -> str:
+        """What was planned."""
+        return f"{self.model}, {self.parameters:,} parameters, {self.layout}; one step of one rank"
+
     def __str__(self) -> str:
-        title = f"{self.model}, {self.parameters:,} parameters, {self.layout}; one step, one rank"
-        return "\n".join([title, table(*self.cells()), *self.notes()])
+        return "\n".join([self.title, table(*self.cells()), *self.notes()])
 
     def to_json(self) -> str:
         """All of it."""
@@ -116,13 +122,11 @@ class Plan:
 
 
 def _size(n: float, unit: str) -> str:
-    for prefix in ("", "k", "M", "G", "T"):
-        if n < 1000:
-            break
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while n >= 1000 and len(prefixes) > 1:
         n /= 1000
-    else:
-        prefix = "P"
-    return f"{n:.3g} {prefix}{unit}".strip()
+        prefixes.pop(0)
+    return f"{n:.3g} {prefixes[0]}{unit}".strip()
 
 
 def plan(
@@ -148,7 +152,8 @@ def plan(
         optimizers: registered names, or label → (name, options); None: all of this library that can be planned.
         ranks: how many processes, or several such numbers.
         layout: "ddp" (each replica has gradients of its own), "fsdp", "hsdp", "tp", "fsdp+tp" or "hsdp+tp".
-        shard, tensor: sizes of the groups that "hsdp" and "tp" divide a weight over.
+        shard: ranks that divide a weight under "hsdp".
+        tensor: ranks of a tensor-parallel group.
         hardware: "h100", "b200", "here" (this machine, measured for some seconds), or a :class:`.Hardware`.
         link: between nodes, Gbit/s for each rank; None: the hardware's.
         dtype: of the weights.
@@ -181,7 +186,7 @@ def plan(
             except ValueError as e:
                 refused[label] = str(e)
                 break
-            rows.append(_row(label, at.ranks, found, machine, dtype))
+            rows.append(_row(label, rule.name, at.ranks, found, machine, dtype))
     choices = [c for n in given if (c := _choice(rows, n)) is not None]
     source = f"{machine.source}; link {machine.across * 8e-9:g} Gbit/s" if machine.across else machine.source
     return Plan(known.name, known.numel, layout, machine.name, source, rows, choices, refused)
@@ -206,9 +211,7 @@ def _planned_by_name() -> list[str]:
     return [name for name, kind in OPTIMIZERS.items() if kind.rule is not None and kind.rule.name == name]
 
 
-def _counted(
-    model: Model, name: str, at: Layout, options: Mapping[str, Any], dtype: torch.dtype, rank: int
-) -> Count:
+def _counted(model: Model, name: str, at: Layout, options: Mapping[str, Any], dtype: torch.dtype, rank: int) -> Count:
     """The count; under DDP, of a rule that cannot take gradients apart, with averaged ones."""
 
     def where(weight: Weight, groups: GridGroups) -> Spread:
@@ -222,13 +225,14 @@ def _counted(
     alone = count(model, name, lambda w, g: Spread(None, ()), options=options, dtype=dtype)
     everyone = Group(tuple(range(at.ranks)), rank) if at.ranks > 1 else ALONE
     gradients = model.numel * dtype.itemsize
-    sent = [*alone.sent, Sent("all_reduce", everyone, gradients)]
+    sent = alone.sent + Counter([Sent("all_reduce", everyone, gradients)])
     return Count(alone.work, alone.traffic, sent, alone.state_bytes, alone.weight_bytes, gradients)
 
 
-def _row(label: str, ranks: int, found: Count, machine: Hardware, dtype: torch.dtype) -> Planned:
+def _row(label: str, rule: str, ranks: int, found: Count, machine: Hardware, dtype: torch.dtype) -> Planned:
     return Planned(
         optimizer=label,
+        rule=rule,
         ranks=ranks,
         flops=found.flops,
         flops_by_kind=found.flops_by_kind(),
@@ -251,7 +255,7 @@ def _choice(rows: Sequence[Planned], ranks: int) -> Choice | None:
     """
     best: dict[str, Planned] = {}
     for r in rows:
-        kind = vars(rule_of(r.optimizer.split(":")[0])).get("advised", "")
+        kind = vars(rule_of(r.rule)).get("advised", "")
         if r.ranks == ranks and kind and (kind not in best or r.seconds < best[kind].seconds):
             best[kind] = r
     full, low = best.get("full rank"), best.get("low rank")
