@@ -11,7 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from statistics import median
+from functools import partial
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -30,11 +31,12 @@ from ..requests import (
     Product,
     Request,
     Sketch,
+    Update,
 )
-from .costs import Cost, Kind, cost_of
-from .counting import Sent
+from .costs import Cost, Kind, cost_of, size_of
+from .counting import Counted, Sent
 
-__all__ = ["HARDWARE", "Hardware", "hardware_of", "measured"]
+__all__ = ["HARDWARE", "Hardware", "hardware_of", "measured", "timed"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Hardware:
         name: what it is called.
         rates: flops a second, by kind of work and format, "product float32" for one; a kind that has none goes at the
             rate of products, factorisations at that of products in double.
-        bandwidths: bytes a second of the memory, by kind; "" is every other kind's.
+        bandwidths: bytes a second of the memory, "passes float64" for one; "" is every other kind's.
         node: ranks that talk at ``inside``; larger groups, and those that do not lie within one node, at ``across``.
         inside, across: bytes a second that each rank sends; 0 is not known.
         latency: seconds of a collective's every doubling of ranks.
@@ -74,7 +76,8 @@ class Hardware:
         """Of computation, one thing after the other."""
         total = 0.0
         for cost, n in work.items():
-            bandwidth = self.bandwidths.get(cost.kind, self.bandwidths[""])
+            kind = f"{cost.kind} {cost.format}"
+            bandwidth = self.bandwidths.get(kind, self.bandwidths[""])
             total += n * max(cost.flops / self.rate(cost), cost.bytes / bandwidth)
         return total
 
@@ -163,6 +166,7 @@ class _Bench:
     """Requests of the backend that serves this machine's processors, timed."""
 
     seconds: float
+    clock: Callable[[], float]
     rates: dict[str, float] = field(default_factory=dict)
     bandwidths: dict[str, float] = field(default_factory=dict)
 
@@ -175,15 +179,8 @@ class _Bench:
         return torch.randn(shape, generator=self.draws)
 
     def time(self, f: Callable[[], object]) -> float:
-        """The median of calls, after a first one, for about ``seconds``."""
-        f()
-        times: list[float] = []
-        began = time.perf_counter()
-        while len(times) < 5 or time.perf_counter() - began < self.seconds:
-            start = time.perf_counter()
-            f()
-            times.append(time.perf_counter() - start)
-        return median(times)
+        """The lower quartile of calls, after a first one, for about ``seconds``: a busy neighbour only adds."""
+        return quantiles(timed(f, self.seconds, self.clock), n=4)[0]
 
     def answered(self, q: Request) -> float:
         """Seconds of one request."""
@@ -194,9 +191,9 @@ class _Bench:
         short, long = cost_of(small).costs, cost_of(large).costs
         t, u = self.answered(small), self.answered(large)
         rate = (long[0].flops - short[0].flops) / max(u - t, 1e-9)
-        rest = max(t - short[0].flops / rate, 1e-9)
         self.rates[f"{short[0].kind} float32"] = rate
-        self.rates[f"{short[1].kind} float32"] = short[1].flops / rest
+        if (rest := t - short[0].flops / rate) > 0.0:
+            self.rates[f"{short[1].kind} float32"] = short[1].flops / rest
 
     def rate(self, kind: Kind, *requests: Request) -> None:
         """Of one kind, over requests that do nothing else."""
@@ -213,11 +210,22 @@ def _matrix(bench: _Bench) -> Matrix:
     return Matrix(x, g, {"momentum": m, "Q": q}, _MATRIX, _MATRIX)
 
 
-def measured(seconds: float = 0.3) -> Hardware:
+def timed(f: Callable[[], object], seconds: float, clock: Callable[[], float]) -> list[float]:
+    """The times of calls by a clock, after a first call, for about ``seconds`` of it; five at least."""
+    f()
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < seconds:
+        start = clock()
+        f()
+        times.append(clock() - start)
+    return times
+
+
+def measured(seconds: float = 0.3, clock: Callable[[], float] = time.perf_counter) -> Hardware:
     """Processors of this machine: what the backend that serves them makes of each kind of work, with torch's number of
-    threads; each of some ten measurements takes ``seconds`` or more. The link is not measured.
+    threads; each of some ten measurements takes ``seconds`` or more by the ``clock``. The link is not measured.
     """
-    bench = _Bench(seconds)
+    bench = _Bench(seconds, clock)
     w = _matrix(bench)
     b, q = Blend(w, "momentum", 1.0, 1.0), w.state["Q"]
     p, r = torch.linalg.qr(bench.randn(_MATRIX[0], _RANK))[0], bench.randn(_MATRIX[1], _RANK)
@@ -233,20 +241,41 @@ def measured(seconds: float = 0.3) -> Hardware:
     bench.two(square, long)
     d = bench.randn(_SIDE, _SIDE).double()
     bench.rates["product float64"] = 2 * _SIDE**3 / bench.time(lambda: d @ d)
-    y, z = bench.randn(*_MATRIX), bench.randn(*_MATRIX)
-    bench.bandwidths[""] = bench.bandwidths["passes"] = 3 * 4 * y.numel() / bench.time(lambda: y.lerp(z, 0.1))
-    bench.bandwidths["one pass"] = _one_pass(bench)
+    _passes(bench)
+    _one_pass(bench)
     threads = torch.get_num_threads()
     source = f"measured here, {bench.backend.name} backend, {threads} thread{'s' if threads > 1 else ''}"
     return Hardware("here", bench.rates, bench.bandwidths, source)
 
 
-def _one_pass(bench: _Bench) -> float:
-    """Bytes a second of a whole elementwise step; a copy's where there is none."""
-    x, g, m = (bench.randn(1, 4 * _MATRIX[0] * _MATRIX[1]) for _ in range(3))
+def _passes(bench: _Bench) -> None:
+    """Bandwidths: of a copy, and of torch's operations as bodies have them, whose results take new memory."""
+    x, y, rows = bench.randn(*_MATRIX), bench.randn(*_MATRIX), bench.randn(_MATRIX[0], 1)
+
+    def single(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """A mean, a quotient by rows, a check."""
+        return (x.lerp(y, 0.1) / rows).isfinite().all()
+
+    def double(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """A conversion, squares, their sums."""
+        return x.double().square().sum(1)
+
+    bench.bandwidths[""] = 2 * size_of(x) / bench.time(lambda: x.copy_(y))
+    for format, passes in (("float32", single), ("float64", double)):
+        work: Counter[Cost] = Counter()
+        with Counted(work, False):
+            passes(*(t.to("meta") for t in (x, y, rows)))
+        moved = sum(n * c.bytes for c, n in work.items())
+        bench.bandwidths[f"passes {format}"] = moved / bench.time(partial(passes, x, y, rows))
+
+
+def _one_pass(bench: _Bench) -> None:
+    """Flops a second of a whole elementwise step, if there is one."""
+    x, g, m = (bench.randn(1, _MATRIX[0] * _MATRIX[1]) for _ in range(3))
     step: Any = bench.backend.fused.get(Elementwise)
     if step is None:
-        return 2 * 4 * x.numel() / bench.time(lambda: x.copy_(g))
+        return
     w = Matrix(x, g, {"momentum": m}, (1, x.numel()), (1, x.numel()))
     form, kept = Elementwise(0.0, 0.0, False, False, "lion", 0.9, 0.99, 0.0), dict[Any, Any]()
-    return 5 * 4 * x.numel() / bench.time(lambda: step([w], [form], kept))
+    flops = sum(c.flops for c in cost_of(Update(w, g, 0.0, 0.0, {"momentum": m}), True).costs)
+    bench.rates["one pass float32"] = flops / bench.time(lambda: step([w], [form], kept))
