@@ -284,7 +284,9 @@ def test_more_ranks_keep_less_and_muon_owners_compute_less():
 
 
 def test_times_are_a_roofline():
-    machine = Hardware("mine", {"product float32": 10.0, "product float64": 5.0}, {"": 4.0, "one pass float32": 8.0}, "a test")
+    machine = Hardware(
+        "mine", {"product float32": 10.0, "product float64": 5.0}, {"": 4.0, "one pass float32": 8.0}, "a test"
+    )
     assert machine.seconds({Cost("product", "float32", 100, 8): 3}) == 30.0
     assert machine.seconds({Cost("product", "float32", 10, 8): 1}) == 2.0
     assert machine.seconds({Cost("polar", "float32", 10, 0): 1}) == 2.0

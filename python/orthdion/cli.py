@@ -258,16 +258,29 @@ def compare(
 
 
 @app.command(name="list")
-def list_() -> None:
-    """List the registered optimizers: what each keeps, computes, sends, and is for."""
+def list_(
+    counted: Annotated[bool, typer.Option("--counted", help="Figures of a GPT block, by a counting run.")] = False,
+) -> None:
+    """List the registered optimizers: the step of each, what it keeps, computes, sends, and is for."""
     from .create import list_optimizers
+    from .plan.catalogue import RANKS, catalogue
 
-    table = Table(title="m×n matrices at rank r", title_justify="left", box=SIMPLE)
-    for column in ("name", "state", "flops", "sent", "what it is for", "paper"):
-        table.add_column(column, no_wrap=column == "name", overflow="fold")
-    for known in list_optimizers():
-        table.add_row(known.name, known.state, known.flops, known.sent, known.use, known.paper)
-    (console if console.is_terminal else Console(width=140)).print(table)
+    if counted:
+        title = f"numbers for each weight of a GPT block 768 wide, r = d/8; sent by each of {RANKS} ranks"
+        table = Table(title=title, title_justify="left", box=SIMPLE)
+        for column in ("name", "state", "flops", "sent, FSDP", "sent, DDP"):
+            table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
+        for row in catalogue([known.name for known in list_optimizers()]):
+            sent = ("varies" if x is None else f"{x:.3g}" for x in (row.sharded, row.replicas))
+            table.add_row(row.info.name, f"{row.state:.3g}", f"{row.flops:.3g}", *sent)
+    else:
+        table = Table(title="m×n matrices at rank r", title_justify="left", box=SIMPLE)
+        for column in ("name", "step", "state", "flops", "sent", "what it is for", "paper"):
+            table.add_column(column, no_wrap=column == "name", overflow="fold")
+        for known in list_optimizers():
+            cells = (known.summary, known.state, known.flops, known.sent, known.use, known.paper)
+            table.add_row(known.name, *cells)
+    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 @app.command()

@@ -49,8 +49,9 @@ def list_optimizers() -> list[OptimizerInfo]:
     found = []
     for name in [*OPTIMIZERS, *(n for n in rules() if n not in OPTIMIZERS)]:
         rule = rule_of(name)
-        note = (OPTIMIZERS[name].__doc__ or "").strip().splitlines()[0] if name not in rules() else rule.summary
-        found.append(OptimizerInfo(name, note, _state(rule), rule.flops, rule.sent, rule.use, rule.paper))
+        own = vars(OPTIMIZERS[name]) if name in OPTIMIZERS else {}  # an optimizer that does more than its rule says so
+        said = {key: own.get(key, getattr(rule, key)) for key in ("summary", "flops", "sent", "use", "paper")}
+        found.append(OptimizerInfo(name=name, state=_state(rule), **said))
     return found
 
 

@@ -28,7 +28,6 @@ class NorMuonRule(MuonRule):
     summary: ClassVar[str] = "X −= η·scale·(O/√v)·‖O‖/‖O/√v‖, O = NS(lerp(G, M, μ)), v = lerp(v, rows' mean O², 1−β₂)"
     use: ClassVar[str] = "Muon where rows (neurons) learn at unlike speeds; usually a little better than Muon"
     paper: ClassVar[str] = "arXiv 2510.05491"
-    advised: ClassVar[Any] = "full rank"
     sent: ClassVar[str] = "mn + 2m"
     states: ClassVar[States] = {**MuonRule.states, "variance": StateSpec(("rows",))}
 
