@@ -408,6 +408,28 @@ def test_doctor_and_list_tell(orthdion_cli):
     assert "2605.16341" in listed and "12mnr" in listed
 
 
+def test_plan_prints_a_table_and_a_choice_or_json(orthdion_cli, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"up_proj": [64, 16], "down_proj": [16, 64], "norm": [16]}))
+    common = ["plan", "--model", path, "--ranks", "2,4", "--optimizers", "orth-dion:rank_fraction=0.5 muon"]
+    done = orthdion_cli(*common)
+    assert done.code == 0, done.err
+    assert done.out.count("orth-dion:rank_fraction=0.5") >= 2 and "4 ranks: muon" in " ".join(done.out.split())
+    rows = json.loads(orthdion_cli(*common, "--json").out)["rows"]
+    assert [(r["rule"], r["ranks"]) for r in rows] == [(name, n) for name in ("orth-dion", "muon") for n in (2, 4)]
+    assert all(r["sent_by_content"]["flags"] == 3 * 8 for r in rows)  # a number of each parameter
+    for wrong, words in ((["--ranks", "many"], "--ranks"), (["--model", "lama"], "llama-3-8b")):
+        done = orthdion_cli("plan", *wrong)
+        assert done.code == 2 and words in " ".join(done.err.split()) and "Traceback" not in done.err
+
+
+def test_list_shows_equations_and_counted_figures(orthdion_cli):
+    assert "2512.13728" in orthdion_cli("list").out
+    counted = orthdion_cli("list", "--counted").out
+    row = next(line for line in counted.splitlines() if "curvadion" in line)
+    assert row.split()[-1] == "varies"
+
+
 def test_train_and_compare_take_the_same_options_of_a_run(orthdion_cli):
     for command in ("train", "compare"):
         shown = orthdion_cli(command, "--help").out

@@ -55,7 +55,7 @@ def check(
     ``options`` are the constructor's, ``keys`` those of a group for each parameter.
     """
     rule = o._own if type(o) is MatrixOptimizer else type(o)
-    known = {k: v for k, v in options.items() if k not in ("optimizer", "backend")}
+    known = {k: v for k, v in options.items() if k not in ("optimizer", "backend", "replicate_mesh")}
     groups = [{"algorithm": MATRIX, **k} for k in keys] if keys else [{"algorithm": MATRIX}] * len(shapes)
     model = Model("", tuple(Weight(str(i), tuple(s), k) for i, (s, k) in enumerate(zip(shapes, groups, strict=True))))
     rank, sent = dist.get_rank(), o.communication().last_step
