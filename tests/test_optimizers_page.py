@@ -1,6 +1,7 @@
 """The table of all optimizers is what its generator makes, and says of each what it is."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,17 @@ def test_the_committed_page_is_what_the_generator_makes(generator):
     rows = [line for line in made.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == list(OPTIMIZERS)
     assert len({row.count("|") for row in rows}) == 1
+
+
+def test_the_predictions_in_the_docs_are_those_that_were_measured():
+    rows = json.loads((ROOT / "benches" / "results" / "cpu-predicted.json").read_text())["rows"]
+    text = (ROOT / "docs" / "plan.md").read_text()
+    for row in rows:
+        figures = f"{row['measured_ms']:.0f} | {row['predicted_ms']:.0f} | {row['ratio']:.2f}"
+        assert f"| `{row['optimizer']}` | {figures} |" in text
+        assert row["ratio"] == pytest.approx(row["predicted_ms"] / row["measured_ms"], rel=1e-9)
+        assert row["good"] == (abs(row["ratio"] - 1) <= 0.25)
+        assert sum(row["predicted_ms_by_kind"].values()) == pytest.approx(row["predicted_ms"], rel=1e-6)
 
 
 def test_figures_are_the_algebras(generator):

@@ -74,7 +74,7 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
     """
 
     summary: ClassVar[str] = (
-        "a step of Dion where max |‖M+G‖ − ‖M‖| / ‖M‖ > τ, else X −= η·G on each replica; M = μM + G"
+        "a step of Dion where ‖M+G‖ is off ‖M‖ by a share of more than τ; else X −= η·G apart, M = μM + G"
     )
     use: ClassVar[str] = "replicas that meet only when the curvature asks for it, one number a step in between"
     paper: ClassVar[str] = "arXiv 2512.13728"
