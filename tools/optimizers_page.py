@@ -24,9 +24,9 @@ float32 with r = d/8:
 
 * *state*: numbers that are kept for each weight; *flops*: of a step, for each weight, by definition
   ([how they are counted](plan.md#what-is-counted)).
-* *FSDP* and *DDP*: numbers of four bytes that the first of {RANKS} ranks puts into collectives in a step for each weight
-  of the block, in units of an all-reduce. FSDP's own traffic is not among them. Under DDP replicas have gradients of their
-  own; where a rule needs their mean, that is the 1.
+* *FSDP* and *DDP*: numbers of four bytes that the first of {RANKS} ranks puts into collectives in a step for each
+  weight of the block, in units of an all-reduce. FSDP's own traffic is not among them. Under DDP replicas have
+  gradients of their own; where a rule needs their mean, that is the 1.
 * *loss*: the lowest of the demo on its first seed, in nats a byte, and the learning rate that it was got with (`make
   demo`'s GPT, 700 steps, r = d/4); *ms*: CPU time of a step of the block on one thread
   ([measured](../benches/results/README.md)). Nothing stands where nothing was measured with the optimizer's defaults.
