@@ -248,37 +248,25 @@ def measured(seconds: float = 0.3, clock: Callable[[], float] = time.perf_counte
     return Hardware("here", bench.rates, bench.bandwidths, source)
 
 
-#: Matrices whose bodies advance together while passes are measured.
-_TOGETHER = 4
-
-
 def _passes(bench: _Bench) -> None:
-    """Bandwidths: of a copy, and of torch's operations as bodies have them. Their results take new memory, and those of
-    several matrices live at once, since bodies advance together.
-    """
-    xs, ys = ([bench.randn(*_MATRIX) for _ in range(_TOGETHER)] for _ in range(2))
-    rows = bench.randn(_MATRIX[0], 1)
+    """Bandwidths: of a copy, and of torch's operations as bodies have them, whose results take new memory."""
+    x, y, rows = bench.randn(*_MATRIX), bench.randn(*_MATRIX), bench.randn(_MATRIX[0], 1)
 
-    def single(xs: list[Tensor], ys: list[Tensor], rows: Tensor) -> list[Tensor]:
-        """Means, quotients by rows, checks."""
-        means = [x.lerp(y, 0.1) for x, y in zip(xs, ys, strict=True)]
-        quotients = [m / rows for m in means]
-        return [q.isfinite().all() for q in quotients]
+    def single(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """A mean, a quotient by rows, a check."""
+        return (x.lerp(y, 0.1) / rows).isfinite().all()
 
-    def double(xs: list[Tensor], ys: list[Tensor], rows: Tensor) -> list[Tensor]:
-        """Conversions, squares, their sums."""
-        wide = [x.double() for x in xs]
-        squares = [w.square() for w in wide]
-        return [q.sum(1) for q in squares]
+    def double(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """A conversion, squares, their sums."""
+        return x.double().square().sum(1)
 
-    bench.bandwidths[""] = 2 * size_of(xs[0]) / bench.time(lambda: xs[0].copy_(ys[0]))
-    hollow = [[t.to("meta") for t in ts] for ts in (xs, ys)]
+    bench.bandwidths[""] = 2 * size_of(x) / bench.time(lambda: x.copy_(y))
     for format, passes in (("float32", single), ("float64", double)):
         work: Counter[Cost] = Counter()
         with Counted(work, False):
-            passes(*hollow, rows.to("meta"))
+            passes(*(t.to("meta") for t in (x, y, rows)))
         moved = sum(n * c.bytes for c, n in work.items())
-        bench.bandwidths[f"passes {format}"] = moved / bench.time(partial(passes, xs, ys, rows))
+        bench.bandwidths[f"passes {format}"] = moved / bench.time(partial(passes, x, y, rows))
 
 
 def _one_pass(bench: _Bench) -> None:
