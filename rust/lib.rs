@@ -5,14 +5,14 @@
 //! input needs it, and report directions that they could not determine. Scratch is kept by each thread and reused.
 //! Results do not depend on the number of threads.
 
+pub mod bits;
 pub mod borrow;
 pub mod elementwise;
 pub mod error;
-mod float_mode;
 pub mod gemm;
 pub mod isa;
 pub mod newton_schulz;
-mod pool;
+pub mod pool;
 #[cfg(feature = "python")]
 mod python;
 pub mod qr;

@@ -9,7 +9,7 @@ from oracles import randn
 
 from orthdion.backends import get
 from orthdion.numerics.bits import average, pack, row_bytes, unpack
-from orthdion.requests import ALONE, CompressedMean
+from orthdion.requests import ALONE, Average, CompressedMean, Pack, Squares, Unpack
 
 SIZES = [(5, 1), (3, 7), (4, 8), (1, 63), (6, 64), (7, 65), (2, 130), (0, 9), (4, 0)]
 DTYPES = (torch.float32, torch.float64)
@@ -82,3 +82,42 @@ def test_a_rule_may_ask_for_the_mean_where_it_is_alone(bits, backend):
     t = randn(9, 70, dtype=torch.float64)
     (alone,) = get(backend).answer([CompressedMean(t, ALONE, bits, "residual")])
     torch.testing.assert_close(alone, plain(plain(t, bits), bits))
+
+
+@pytest.mark.parametrize("shape", [*SIZES, (300, 500)], ids=str)
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_core_writes_the_references_bytes(shape, bits, dtype):
+    """At one bit a scale may differ by a rounding: it is a sum in another order."""
+    core = pytest.importorskip("orthdion._core", reason="the Rust core is not built") and get("rust")
+    parts = [randn(*shape, seed=k, dtype=dtype).T.contiguous().T for k in range(3)]
+    for t in parts:
+        t[: shape[0] // 2, :2] = 0.0
+    packed = [core.answer([Pack(t, bits)])[0] for t in parts]
+    together = torch.stack(packed)
+    mean = core.answer([Average(together, shape[1], bits, dtype)])[0]
+    back = core.answer([Unpack(mean, shape[1], bits, dtype)])[0]
+    assert torch.equal(back, unpack(mean, shape[1], bits, dtype))
+    for got, want in [
+        *((p, pack(t, bits)) for p, t in zip(packed, parts, strict=True)),
+        (mean, average(together, shape[1], bits, dtype)),
+    ]:
+        head = dtype.itemsize if bits == 1 else 0
+        assert torch.equal(got[:, head:], want[:, head:])
+        scales = [np.frombuffer(x[:, :head].numpy().tobytes(), str(dtype)[6:]) for x in (got, want)]
+        np.testing.assert_allclose(*scales, rtol=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 65), (300, 40), (0, 3), (3, 0)], ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_sums_of_squares_on_every_backend(shape, scaled):
+    t, columns = randn(*shape), randn(shape[1], 1, dtype=torch.float64)[:, 0] if scaled else None
+    wide = t.double() * (1.0 if columns is None else columns)
+    for backend in ("torch", "rust"):
+        if backend == "rust":
+            pytest.importorskip("orthdion._core", reason="the Rust core is not built")
+        rows, of_columns = get(backend).answer([Squares(t, columns)])[0]
+        torch.testing.assert_close(rows, wide.square().sum(1), rtol=1e-6, atol=0.0)
+        assert (of_columns is None) == scaled
+        if of_columns is not None:
+            torch.testing.assert_close(of_columns, wide.square().sum(0), rtol=1e-6, atol=0.0)

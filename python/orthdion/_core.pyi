@@ -104,8 +104,45 @@ def writes(
     table: NDArray[np.int64],
     options: Sequence[LowRankOptions],
     numbers: NDArray[np.float64],
+    residual: Literal["share", "given", "scaled", "missed"],
+    scales: NDArray[np.float64],
+    double: bool,
+    threads: int,
+) -> None: ...
+def residuals(
+    table: NDArray[np.int64], coefficients: NDArray[np.float64], double: bool, bfloat16: bool, threads: int
+) -> None: ...
+def residual_sums(
+    table: NDArray[np.int64],
+    coefficients: NDArray[np.float64],
+    columns: NDArray[np.float64],
+    sums: NDArray[np.float64],
+    double: bool,
+    bfloat16: bool,
+    threads: int,
+) -> None: ...
+def squares(
+    matrix: NDArray[np.floating],
+    columns: NDArray[np.float64],
+    rows: NDArray[np.float64],
+    of_columns: NDArray[np.float64],
+    threads: int,
+) -> None: ...
+def pack(
+    matrix: NDArray[np.floating], shape: tuple[int, int], bits: int, packed: NDArray[np.uint8], threads: int
+) -> None: ...
+def unpack(
+    packed: NDArray[np.uint8], shape: tuple[int, int], bits: int, matrix: NDArray[np.floating], threads: int
+) -> None: ...
+def average(
+    packed: NDArray[np.uint8],
+    ranks: int,
+    shape: tuple[int, int],
+    bits: int,
+    mean: NDArray[np.uint8],
     double: bool,
     threads: int,
 ) -> None: ...
 def overlap(table: NDArray[np.int64]) -> tuple[int, int] | None: ...
 def instruction_sets() -> tuple[str, list[str], str]: ...
+def thread_pool() -> Literal["openmp", "own"]: ...

@@ -6,8 +6,8 @@ use super::{bad, detached};
 use crate::borrow;
 use crate::error::Error;
 use crate::gemm::Context;
-use crate::step::parts::{self, Sum};
-use numpy::{PyReadonlyArray2, PyReadwriteArray1};
+use crate::step::parts::{self, Missing, Residual, Sum};
+use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray1};
 use pyo3::prelude::*;
 
 /// OUT ← B·A, or Bᵀ·A, for B = cm·M + cg·G, over a list of matrices.
@@ -77,36 +77,84 @@ pub(super) fn largest(
 
 /// The writing half of a step over a list of matrices.
 ///
-/// table: int64 (N, 40): m, n, r, k and the views X, G, M (m×n), P (m×r), U, W (n×r); `options[k]` is the matrix's.
+/// table: int64 (N, 46): m, n, r, k and the views X, G, M (m×n), P (m×r), U, W (n×r), E; `options[k]` is the matrix's.
 /// numbers: float64 (N, 3): scale, α, size.
+/// residual: "share" (α·B; E is not read), "given" (α·T; E is T, m×n), "scaled" (T with its columns and rows multiplied by
+/// scales; E is T) or "missed" (the same of T = B − P Rᵀ; E is R, n×r).
+/// scales: float64, empty, or for the last two n + m numbers a matrix, one matrix after the other.
 #[pyfunction]
+#[allow(clippy::too_many_arguments)]
 pub(super) fn writes(
     py: Python<'_>,
     table: PyReadonlyArray2<'_, i64>,
     options: Vec<LowRankOptions>,
     numbers: PyReadonlyArray2<'_, f64>,
+    residual: &str,
+    scales: PyReadonlyArray1<'_, f64>,
     double: bool,
     threads: usize,
 ) -> PyResult<()> {
-    let table = Table::<6>::new(&table, |&[m, n, r, _]| {
+    let kind = Kind::of(residual)?;
+    let table = Table::<7>::new(&table, |&[m, n, r, _]| {
         let (whole, left, right) = ((m, n), (m, r), (n, r));
-        Ok([(whole, true), (whole, false), (whole, true), (left, false), (right, false), (right, false)])
+        let extra = match kind {
+            Kind::Share => (0, 0),
+            Kind::Given | Kind::Scaled => whole,
+            Kind::Missed => right,
+        };
+        let views = [(whole, true), (whole, false), (whole, true), (left, false), (right, false)];
+        let [x, g, m, p, u] = views;
+        Ok([x, g, m, p, u, (right, false), (extra, false)])
     })?;
     let options = options.iter().map(LowRankOptions::parse).collect::<Result<Vec<_>, _>>()?;
     let numbers = number_rows("numbers", &numbers, Some(table.heads.len()))?;
+    let scaled = matches!(kind, Kind::Scaled | Kind::Missed);
+    let need = table.heads.iter().map(|&[m, n, ..]| if scaled { m + n } else { 0 }).sum();
+    let mut scales = super::table::numbers("scales", &scales, need)?;
     detached(py, move || {
-        borrow::check(table.claims.as_flattened(), 6)?;
+        borrow::check(table.claims.as_flattened(), 7)?;
         let jobs = table.heads.iter().zip(&table.claims).zip(numbers);
-        let jobs = jobs.map(|((&[.., k], [x, g, m, p, u, w]), &[scale, alpha, size])| {
+        let jobs = jobs.map(|((&[rows, cols, _, k], [x, g, m, p, u, w, extra]), &[scale, alpha, size])| {
             // SAFETY: as in `lowrank_step`.
-            let (x, g, m, factors) =
-                unsafe { (x.exclusive(), g.shared(), m.exclusive(), [p, u, w].map(|c| c.shared())) };
-            Ok(parts::Write { options: *pick(&options, k)?, scale, x, g, m, factors, alpha, size })
+            let (x, g, m, factors, extra) = unsafe {
+                (x.exclusive(), g.shared(), m.exclusive(), [p, u, w].map(|c| c.shared()), extra.shared())
+            };
+            let mut take = |n| scales.split_off(..n).unwrap_or_default();
+            let residual = match kind {
+                Kind::Share => Residual::Share(alpha),
+                Kind::Given => Residual::Given(alpha, extra),
+                Kind::Scaled | Kind::Missed => {
+                    let from = if kind == Kind::Scaled { Missing::T(extra) } else { Missing::R(extra) };
+                    Residual::Scaled { from, columns: take(cols), rows: take(rows) }
+                }
+            };
+            Ok(parts::Write { options: *pick(&options, k)?, scale, x, g, m, factors, residual, size })
         });
         let jobs = jobs.collect::<Result<_, Error>>()?;
         let writes = if double { parts::writes::<f64> } else { parts::writes::<f32> };
         writes(Context::new(threads), jobs)
     })
+}
+
+/// What [`writes`] adds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Share,
+    Given,
+    Scaled,
+    Missed,
+}
+
+impl Kind {
+    fn of(name: &str) -> Result<Self, Error> {
+        Ok(match name {
+            "share" => Kind::Share,
+            "given" => Kind::Given,
+            "scaled" => Kind::Scaled,
+            "missed" => Kind::Missed,
+            _ => return Err(bad(format!("residual must be share, given, scaled or missed, not {name}"))),
+        })
+    }
 }
 
 /// The first two of some operands that share memory, if any do.

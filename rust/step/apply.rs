@@ -3,6 +3,7 @@
 //! A panel's M and G are read while they are still in cache from the panel's weights. The only temporary is the
 //! normalised residual's panel, which stays in the second-level cache for up to some thousands of columns.
 
+use super::residual::ScaleBoth;
 use super::{Noise, Options, Tail};
 use crate::gemm::{Context, Packed, Product, Terms};
 use crate::isa::{Kernel, Level};
@@ -30,18 +31,26 @@ pub(super) struct Energies<'a> {
 }
 
 /// A right factor, packed once if X is row-major and so wants it on the left of its products.
-struct Side<'a, T> {
+pub(super) struct Side<'a, T> {
     view: Mat<'a>,
     packed: Option<Packed<T>>,
 }
 
 impl<'a, T: Real> Side<'a, T> {
-    fn new(cx: Context, view: Mat<'a>, row_major: bool) -> Self {
+    pub(super) fn new(cx: Context, view: Mat<'a>, row_major: bool) -> Self {
         Side { view, packed: row_major.then(|| Packed::new(cx, view)) }
     }
 
-    /// `out ← beta·out + alpha·left·sideᵀ + plus`, on one thread.
-    fn product(&self, cx: Context, alpha: f64, left: Mat<'_>, beta: f64, out: MatMut<'_>, plus: Terms<'_>) {
+    /// `out ← beta·out + alpha·left·sideᵀ + plus`.
+    pub(super) fn product(
+        &self,
+        cx: Context,
+        alpha: f64,
+        left: Mat<'_>,
+        beta: f64,
+        out: MatMut<'_>,
+        plus: Terms<'_>,
+    ) {
         self.write(cx, alpha, left, (beta, false), out, plus);
     }
 
@@ -79,6 +88,19 @@ pub(super) enum Plan<'a> {
         rows: &'a [f64],
         fade: f64,
     },
+    /// `α·T` of a T that is given.
+    Given(f64, Mat<'a>),
+    /// T, given or formed, with columns and rows multiplied by these.
+    Scaled {
+        given: Option<Mat<'a>>,
+        columns: &'a [f64],
+        rows: &'a [f64],
+    },
+}
+
+/// Rows of X, M and G that are worked on at a time.
+pub(super) fn panel_rows((rows, n): (usize, usize)) -> usize {
+    ((128 * 1024 / n.max(1)).clamp(24, 192) / 24 * 24).min(rows)
 }
 
 fn plan<'a>(o: &Options, f: &Factors<'_>, e: &Energies<'a>, noise: Noise) -> Plan<'a> {
@@ -126,7 +148,7 @@ pub(super) fn apply<T: Real>(
     let joined = match plan {
         Plan::Linear(alpha) => {
             let mut u = Scratch::<T>::new(f.v.rows * f.v.cols);
-            cx.isa.run(Join { v: f.v, r: f.r, alpha, out: &mut u });
+            cx.isa.run(Form { terms: Terms::two(1.0, f.v, -alpha, f.r), down: false, out: &mut u });
             Some(u)
         }
         _ => None,
@@ -151,10 +173,11 @@ pub(super) fn write<T: Real>(
     let row_major = |v: Mat<'_>| v.cs == 1 && (v.rs != 1 || v.rows <= 1 || v.cols > 1);
     let x_row_major = row_major(x.as_ref());
     let head = Side::<T>::new(cx, f.v, x_row_major);
-    let tail = matches!(plan, Plan::Normalized { .. }).then(|| Side::<T>::new(cx, f.r, x_row_major));
+    let forms = matches!(plan, Plan::Normalized { .. } | Plan::Scaled { given: None, .. });
+    let tail = forms.then(|| Side::<T>::new(cx, f.r, x_row_major));
     let back = (o.a != o.b).then(|| Side::<T>::new(cx, f.w, row_major(m.as_ref())));
 
-    let panel_rows = ((128 * 1024 / n.max(1)).clamp(24, 192) / 24 * 24).min(rows);
+    let panel_rows = panel_rows((rows, n));
     let (x, m) = (x.raw(), m.raw());
     let step = -o.lr * scale;
     let decay = (1.0 - o.lr * o.weight_decay, o.cautious && o.weight_decay > 0.0);
@@ -171,25 +194,40 @@ pub(super) fn write<T: Real>(
         match plan {
             Plan::None => head.write(serial, step, p, decay, part(x), Terms::none()),
             Plan::Linear(alpha) => head.write(serial, step, p, decay, part(x), b.scaled(step * alpha)),
-            Plan::Normalized { columns, weight, rows, fade } => {
+            Plan::Given(alpha, t) => {
+                let t = Terms::one(t.row_range(range.clone())).scaled(step * alpha);
+                head.write(serial, step, p, decay, part(x), t);
+            }
+            Plan::Normalized { rows, .. } | Plan::Scaled { rows, .. } => {
                 let strides = if x_row_major { (n as isize, 1) } else { (1, range.len() as isize) };
                 let mut t = Scratch::<T>::new(range.len() * n);
-                // SAFETY: the scratch holds `range.len()·n` elements and is used through this view alone.
-                let mut t =
-                    unsafe { MatMut::from_raw(t.as_mut_ptr().cast(), T::DTYPE, (range.len(), n), strides) };
-                if let Some(tail) = &tail {
-                    tail.product(serial, -1.0, p, 0.0, t.reborrow(), b);
+                let view = {
+                    // SAFETY: the scratch holds `range.len()·n` elements; the view is used up before the next use of it.
+                    unsafe { MatMut::from_raw(t.as_mut_ptr().cast(), T::DTYPE, (range.len(), n), strides) }
+                };
+                match (&tail, plan) {
+                    (Some(tail), _) => tail.product(serial, -1.0, p, 0.0, view, b),
+                    (None, Plan::Scaled { given: Some(given), .. }) => {
+                        let terms = Terms::one(given.row_range(range.clone()));
+                        cx.isa.run(Form { terms, down: !x_row_major, out: &mut t });
+                    }
+                    _ => unreachable!("a residual that is not given is formed"),
                 }
-                let rows = &rows[range.clone()];
-                cx.isa.run(Normalize::<T> {
-                    t: t.raw(),
-                    columns,
-                    rows,
-                    fade: *fade,
-                    kind: Default::default(),
-                });
-                let n_of_t = Terms::one(t.as_ref()).scaled(step * weight);
-                head.write(serial, step, p, decay, part(x), n_of_t);
+                let (rows, t) = (&rows[range.clone()], &mut t[..]);
+                let weight = match plan {
+                    Plan::Normalized { columns, weight, fade, .. } => {
+                        cx.isa.run(Normalize { t, down: !x_row_major, columns, rows, fade: *fade });
+                        *weight
+                    }
+                    Plan::Scaled { columns, .. } => {
+                        cx.isa.run(ScaleBoth { t, down: !x_row_major, columns, rows });
+                        1.0
+                    }
+                    _ => unreachable!("the plans of this arm"),
+                };
+                // SAFETY: as above, and nothing writes to the panel any more.
+                let t = unsafe { Mat::from_raw(t.as_ptr().cast(), T::DTYPE, (range.len(), n), strides) };
+                head.write(serial, step, p, decay, part(x), Terms::one(t).scaled(step * weight));
             }
         }
         let (m, g) = (part(m), g.row_range(range.clone()));
@@ -203,22 +241,23 @@ pub(super) fn write<T: Real>(
     });
 }
 
-/// `out ← V − αR`
-struct Join<'a, T> {
-    v: Mat<'a>,
-    r: Mat<'a>,
-    alpha: f64,
+/// `out ← terms`, row by row or, if `down`, column by column.
+struct Form<'a, T> {
+    terms: Terms<'a>,
+    down: bool,
     out: &'a mut [T],
 }
 
-impl<T: Real> Kernel for Join<'_, T> {
+impl<T: Real> Kernel for Form<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<L: Level>(self) {
-        let terms = Terms::two(1.0, self.v, -self.alpha, self.r);
-        for (i, line) in self.out.chunks_exact_mut(self.v.cols.max(1)).enumerate() {
-            // SAFETY: row `i` of both views has `cols` elements.
-            unsafe { terms.read((i, 0), false, line.as_mut_ptr(), line.len(), false) };
+        let (rows, cols) = self.terms.shape().unwrap_or((0, 0));
+        let len = if self.down { rows } else { cols };
+        for (l, line) in self.out.chunks_exact_mut(len.max(1)).enumerate() {
+            let at = if self.down { (0, l) } else { (l, 0) };
+            // SAFETY: line `l` of the terms has `len` elements.
+            unsafe { self.terms.read(at, self.down, line.as_mut_ptr(), line.len(), false) };
         }
     }
 }
@@ -258,35 +297,34 @@ impl<T: Real> Kernel for Accumulate<'_, T> {
 
 /// A panel of T, columns scaled by `columns`, then each row brought to norm 1; rows that are noise fade out.
 struct Normalize<'a, T> {
-    t: Mat<'a>,
+    /// Dense, row-major or, if `down`, column-major.
+    t: &'a mut [T],
+    down: bool,
     columns: &'a [f64],
     /// Σ B² of the panel's rows.
     rows: &'a [f64],
     fade: f64,
-    kind: std::marker::PhantomData<T>,
 }
 
 impl<T: Real> Kernel for Normalize<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<L: Level>(self) {
-        let Normalize { t, columns, rows, fade, .. } = self;
+        let Normalize { t: data, down, columns, rows, fade } = self;
         let weight = |raw: f64, scaled: f64, b: f64| {
             if scaled <= 0.0 || b <= 0.0 {
                 return 0.0;
             }
             (raw / (fade * b)).min(1.0).sqrt() / scaled.sqrt()
         };
-        // SAFETY: `t` is a dense scratch panel of element type `T`, in one of the two orders, exclusive to this call.
-        let data = unsafe { std::slice::from_raw_parts_mut(t.ptr.cast::<T>().cast_mut(), t.rows * t.cols) };
         let mut inverse = Scratch::<T>::new(columns.len());
         for (i, c) in inverse.iter_mut().zip(columns) {
             *i = T::of(*c);
         }
-        if t.cs == 1 {
+        if !down {
             // Sums of a row's squares in 32 partial sums of the working precision, joined in double.
             const LANES: usize = 32;
-            for (row, b) in data.chunks_exact_mut(t.cols).zip(rows) {
+            for (row, b) in data.chunks_exact_mut(columns.len().max(1)).zip(rows) {
                 let (mut raw, mut scaled) = ([T::default(); LANES], [T::default(); LANES]);
                 for (chunk, c) in row.chunks_mut(LANES).zip(inverse.chunks(LANES)) {
                     for l in 0..chunk.len() {
@@ -304,9 +342,9 @@ impl<T: Real> Kernel for Normalize<'_, T> {
                 }
             }
         } else {
-            let mut raw = Scratch::<T>::zeros(t.rows);
-            let mut scaled = Scratch::<T>::zeros(t.rows);
-            for (column, c) in data.chunks_exact_mut(t.rows).zip(inverse.iter()) {
+            let mut raw = Scratch::<T>::zeros(rows.len());
+            let mut scaled = Scratch::<T>::zeros(rows.len());
+            for (column, c) in data.chunks_exact_mut(rows.len().max(1)).zip(inverse.iter()) {
                 for ((x, raw), scaled) in column.iter_mut().zip(raw.iter_mut()).zip(scaled.iter_mut()) {
                     let s = *x * *c;
                     *raw += *x * *x;
@@ -314,11 +352,11 @@ impl<T: Real> Kernel for Normalize<'_, T> {
                     *x = s;
                 }
             }
-            let mut weights = Scratch::<T>::new(t.rows);
+            let mut weights = Scratch::<T>::new(rows.len());
             for (i, w) in weights.iter_mut().enumerate() {
                 *w = T::of(weight(raw[i].f64(), scaled[i].f64(), rows[i]));
             }
-            for column in data.chunks_exact_mut(t.rows) {
+            for column in data.chunks_exact_mut(rows.len().max(1)) {
                 for (x, w) in column.iter_mut().zip(weights.iter()) {
                     *x = *x * *w;
                 }

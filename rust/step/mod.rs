@@ -15,6 +15,7 @@
 
 mod apply;
 pub mod parts;
+pub mod residual;
 mod right;
 
 pub use right::RightFactor;

@@ -4,7 +4,7 @@
 //! overflow; it is formed while panels are packed, as in the whole step.
 
 use super::apply::{self, Factors, Plan};
-use super::{Largest, Options, Tail, largest_entry, project_back};
+use super::{Largest, Options, largest_entry, project_back};
 use crate::error::Error;
 use crate::gemm::{Context, Packed, Terms};
 use crate::pool;
@@ -29,7 +29,11 @@ impl<'a> Sum<'a> {
         if need == got { Ok(Sum { m, g }) } else { Err(Error::Shape { what: "the gradient", need, got }) }
     }
 
-    fn terms(&self) -> Terms<'a> {
+    pub(super) fn shape(&self) -> (usize, usize) {
+        self.m.1.shape()
+    }
+
+    pub(super) fn terms(&self) -> Terms<'a> {
         Terms::two(self.m.0, self.m.1, self.g.0, self.g.1)
     }
 
@@ -116,10 +120,37 @@ pub fn largest(cx: Context, sums: Vec<Sum<'_>>) -> Vec<f64> {
     pool::map(cx.threads, sums, Sum::entries, |threads, b| b.largest(Context { threads, ..cx }))
 }
 
+/// What [`Write`] adds to `P Uᵀ`.
+#[derive(Clone, Copy, Debug)]
+pub enum Residual<'a> {
+    /// α·B, whose part in P's space U has taken off; nothing if α is 0.
+    Share(f64),
+    /// α·T.
+    Given(f64, Mat<'a>),
+    /// T, given or `B − P Rᵀ` of this R, with its columns and rows multiplied by these numbers.
+    Scaled {
+        /// T, m×n, or R, n×r.
+        from: Missing<'a>,
+        /// n numbers.
+        columns: &'a [f64],
+        /// m numbers.
+        rows: &'a [f64],
+    },
+}
+
+/// Where T comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Missing<'a> {
+    /// It is given.
+    T(Mat<'a>),
+    /// From the right factor.
+    R(Mat<'a>),
+}
+
 /// A matrix of [`writes`].
 #[derive(Debug)]
 pub struct Write<'a> {
-    /// Hyperparameters; the residual is none or linear.
+    /// Hyperparameters; what they say of the residual is not read.
     pub options: Options,
     /// What multiplies η.
     pub scale: f64,
@@ -131,8 +162,8 @@ pub struct Write<'a> {
     pub m: MatMut<'a>,
     /// P m×r, U and W n×r.
     pub factors: [Mat<'a>; 3],
-    /// The share of B that is applied.
-    pub alpha: f64,
+    /// What is added to P Uᵀ.
+    pub residual: Residual<'a>,
     /// What B was scaled by.
     pub size: f64,
 }
@@ -162,26 +193,28 @@ impl Write<'_> {
             ("V", u, (cols, p.cols)),
             ("W", w, (cols, p.cols)),
         ];
-        for (what, view, need) in views {
-            if view.shape() != need {
-                return Err(Error::Shape { what, need, got: view.shape() });
+        views.into_iter().try_for_each(|(what, view, need)| same(what, view.shape(), need))?;
+        match self.residual {
+            Residual::Share(_) => Ok(()),
+            Residual::Given(_, t) => same("the residual", t.shape(), (rows, cols)),
+            Residual::Scaled { from, columns, rows: scales } => {
+                match from {
+                    Missing::T(t) => same("the residual", t.shape(), (rows, cols))?,
+                    Missing::R(r) => same("R", r.shape(), (cols, p.cols))?,
+                }
+                same("the columns' scales", (columns.len(), 1), (cols, 1))?;
+                same("the rows' scales", (scales.len(), 1), (rows, 1))
             }
         }
-        if self.options.tail == Tail::Normalized {
-            return Err(Error::Value {
-                why: "a normalized residual has sums of its own between the halves".into(),
-            });
-        }
-        Ok(())
     }
 
-    /// `X ← (1 − ηλ)X − η·scale·(P Uᵀ + α·B)`, `M ← a·M⁺ − (a − b)·P Wᵀ/size`, where B is scaled by `size`.
+    /// `X ← (1 − ηλ)X − η·scale·(P Uᵀ + residual)`, `M ← a·M⁺ − (a − b)·P Wᵀ/size`, where B is scaled by `size`.
     ///
     /// # Errors
-    /// [`Error::Shape`] if shapes do not fit, [`Error::Value`] for a normalized residual; then nothing has been written.
+    /// [`Error::Shape`] if shapes do not fit; then nothing has been written.
     pub fn run<T: Real>(self, cx: Context) -> Result<(), Error> {
         self.check()?;
-        let Write { options: o, scale, x, g, m, factors: [p, u, w], alpha, size } = self;
+        let Write { options: o, scale, x, g, m, factors: [p, u, w], residual, size } = self;
         if x.as_ref().rows == 0 || x.as_ref().cols == 0 {
             return Ok(());
         }
@@ -192,11 +225,26 @@ impl Write<'_> {
             Some(k) => Terms::two(k, mv, (1.0 + k) * sign, g),
             None => Terms::two(1.0, mv, sign, g),
         };
-        let f = Factors { p, r: u, v: u, w, b: b.scaled(size), size, sign };
-        let plan = if alpha == 0.0 { Plan::None } else { Plan::Linear(alpha) };
+        let mut f = Factors { p, r: u, v: u, w, b: b.scaled(size), size, sign };
+        let plan = match residual {
+            Residual::Share(0.0) => Plan::None,
+            Residual::Share(alpha) => Plan::Linear(alpha),
+            Residual::Given(alpha, t) => Plan::Given(alpha, t),
+            Residual::Scaled { from: Missing::T(t), columns, rows } => {
+                Plan::Scaled { given: Some(t), columns, rows }
+            }
+            Residual::Scaled { from: Missing::R(r), columns, rows } => {
+                f.r = r;
+                Plan::Scaled { given: None, columns, rows }
+            }
+        };
         apply::write::<T>(Context { half: o.half, ..cx }, &o, scale, x, m, g, &f, &plan);
         Ok(())
     }
+}
+
+fn same(what: &'static str, got: (usize, usize), need: (usize, usize)) -> Result<(), Error> {
+    if got == need { Ok(()) } else { Err(Error::Shape { what, need, got }) }
 }
 
 #[cfg(test)]
@@ -292,7 +340,7 @@ mod tests {
                 g: g.view(),
                 m: MatMut::row_major(&mut nm.data, rows, cols),
                 factors: [p.view(), u.view(), w.view()],
-                alpha,
+                residual: Residual::Share(alpha),
                 size,
             };
             writes::<f64>(cx, vec![job]).unwrap();
@@ -326,7 +374,7 @@ mod tests {
             g: g.view(),
             m: MatMut::row_major(&mut n.data, 4, 3),
             factors: [a.view(); 3],
-            alpha: 0.0,
+            residual: Residual::Share(0.0),
             size: 1.0,
         };
         assert!(

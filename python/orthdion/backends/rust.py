@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from orthdion import _core
 
+from ..numerics.bits import row_bytes
 from ..requests import (
+    Average,
     Blend,
     Elementwise,
     Energies,
@@ -24,10 +26,15 @@ from ..requests import (
     LowRank,
     LowRankUpdate,
     NewtonSchulz,
+    Pack,
     Precision,
     Product,
     Request,
+    ResidualMatrix,
+    ResidualSums,
     Sketch,
+    Squares,
+    Unpack,
 )
 from .base import Fused
 from .fused import elementwise, low_rank, written
@@ -51,8 +58,10 @@ class RustBackend(TorchBackend):
             return Factor, request.kind, request.tol, request.tensor.dtype
         if isinstance(request, NewtonSchulz):
             return NewtonSchulz, request.coefficients, request.divisor, request.epsilon, request.precision
+        if isinstance(request, (ResidualMatrix, ResidualSums)):
+            return type(request), request.b.w.precision
         if isinstance(request, LowRankUpdate):
-            return LowRankUpdate, request.b.w.precision, _in_torch(request)
+            return LowRankUpdate, request.b.w.precision, _kind(request)
         return request.key()
 
     # ------------------------------------------------------------ factorizations and iterations
@@ -91,7 +100,7 @@ class RustBackend(TorchBackend):
             product = torch.empty(n if transposed else m, a.shape[1], dtype=precision.dtype)
             rows.append(((m, n, a.shape[1], 0), (b.m, b.w.g, a, product)))
             out.append(product)
-        coefficients = np.array([(b.cm * float(b.size), b.cg * float(b.size)) for b, _ in jobs])
+        coefficients = _coefficients([b for b, _ in jobs])
         double, half = _double_and_half(precision)
         kept = np.empty(0) if sums is None else sums
         largest = _core.products(table(rows), coefficients, transposed, kept, double, half, _threads())
@@ -103,8 +112,8 @@ class RustBackend(TorchBackend):
         for q, (product, top) in zip(qs, self._products([(q.b, q.q) for q in qs], False), strict=True):
             safe = q.b.w.precision.safe
             if not 1.0 / safe < top < safe:
-                coefficients = np.array([[q.b.cm * float(q.b.size), q.b.cg * float(q.b.size)]])
-                (top,) = _core.largest(table([((*q.b.shape, 0, 0), (q.b.m, q.b.w.g))]), coefficients, _threads())
+                row = ((*q.b.shape, 0, 0), (q.b.m, q.b.w.g))
+                (top,) = _core.largest(table([row]), _coefficients([q.b]), _threads())
             results.append((product, torch.tensor(top if math.isfinite(top) else math.inf, dtype=torch.float64)))
         return results
 
@@ -121,31 +130,103 @@ class RustBackend(TorchBackend):
                 self._products([(q.b, torch.zeros(inner, 0, dtype=dtype))], transposed, sums)
         return torch.from_numpy(rows), torch.from_numpy(columns)
 
+    # ------------------------------------------------------------ residuals
+
+    def residual_matrix_of_many(self, qs: list[ResidualMatrix]) -> list[Tensor]:
+        """``B − P Rᵀ``, in one pass over M and G."""
+        precision = qs[0].b.w.precision
+        out = [torch.empty(q.b.shape, dtype=precision.dtype) for q in qs]
+        rows = [((*q.b.shape, q.p.shape[1], 0), (q.b.m, q.b.w.g, q.p, q.r, t)) for q, t in zip(qs, out, strict=True)]
+        _core.residuals(table(rows), _coefficients([q.b for q in qs]), *_double_and_half(precision), _threads())
+        return out
+
+    def residual_sums_of_many(self, qs: list[ResidualSums]) -> list[tuple[Tensor, Tensor]]:
+        """A panel of T at a time."""
+        precision = qs[0].b.w.precision
+        rows = [((*q.b.shape, q.p.shape[1], 0), (q.b.m, q.b.w.g, q.p, q.r)) for q in qs]
+        columns = torch.cat([q.columns for q in qs]).numpy()
+        sums = torch.empty(sum(2 * q.b.shape[0] for q in qs), dtype=torch.float64)
+        coefficients, how = _coefficients([q.b for q in qs]), _double_and_half(precision)
+        _core.residual_sums(table(rows), coefficients, columns, sums.numpy(), *how, _threads())
+        parts = iter(sums.split([q.b.shape[0] for q in qs for _ in range(2)]))
+        return [(next(parts), next(parts)) for _ in qs]
+
+    def squares(self, q: Squares) -> tuple[Tensor, Tensor | None]:
+        """One pass."""
+        m, n = q.tensor.shape
+        rows = torch.zeros(m, dtype=torch.float64)
+        columns = torch.zeros(n if q.columns is None else 0, dtype=torch.float64)
+        if m and n:
+            scales = np.empty(0) if q.columns is None else _flat(q.columns)
+            _core.squares(_flat(q.tensor), scales, rows.numpy(), columns.numpy(), _threads())
+        return rows, columns if q.columns is None else None
+
+    def pack(self, q: Pack) -> Tensor:
+        """The reference's bytes: at one bit but for the rounding of a scale."""
+        m, n = q.tensor.shape
+        out = torch.empty(m, row_bytes(n, q.bits, q.tensor.dtype), dtype=torch.uint8)
+        _core.pack(_flat(q.tensor), (m, n), q.bits, _flat(out), _threads())
+        return out
+
+    def unpack(self, q: Unpack) -> Tensor:
+        """A row at a time."""
+        out = torch.empty(len(q.packed), q.columns, dtype=q.dtype)
+        _core.unpack(_flat(q.packed), (len(q.packed), q.columns), q.bits, _flat(out), _threads())
+        return out
+
+    def average(self, q: Average) -> Tensor:
+        """A row at a time."""
+        ranks, m, k = q.packed.shape
+        out, double = torch.empty(m, k, dtype=torch.uint8), q.dtype == torch.float64
+        _core.average(_flat(q.packed), ranks, (m, q.columns), q.bits, _flat(out), double, _threads())
+        return out
+
     # ------------------------------------------------------------ writes
 
     def low_rank_update_of_many(self, qs: list[LowRankUpdate]) -> list[Any]:
-        """X and M in one pass over each; a normalized residual over ranks is plain torch's."""
-        if _in_torch(qs[0]):
-            return [self.low_rank_update(q) for q in qs]
+        """X and M in one pass over each."""
+        kind = _kind(qs[0])
         forms: dict[LowRank, int] = {}
-        rows, numbers = [], []
+        rows, numbers, scales = [], [], []
         for q in qs:
-            alpha = 0.0 if q.residual is None or q.residual.alpha is None else float(q.residual.alpha)
-            w, u = q.b.w, q.v - alpha * q.r if alpha else q.v
+            w, u, alpha, extra = q.b.w, q.v, 0.0, q.r
+            if q.residual is not None:
+                if q.residual.alpha is not None:
+                    alpha = float(q.residual.alpha)
+                if kind == "share":
+                    u = q.v - alpha * q.r
+                elif q.residual.given is not None:
+                    extra = q.residual.given
+                if q.residual.columns is not None and q.residual.rows is not None:
+                    scales += [q.residual.columns, q.residual.rows]
             k = forms.setdefault(_form(q), len(forms))
-            rows.append(((*w.x.shape, q.p.shape[1], k), (w.x, w.g, q.b.m, q.p, u, q.fed)))
+            rows.append(((*w.x.shape, q.p.shape[1], k), (w.x, w.g, q.b.m, q.p, u, q.fed, extra)))
             numbers.append((q.scale, alpha, float(q.b.size)))
+        flat = torch.cat(scales).double().numpy() if scales else np.empty(0)
         double = qs[0].b.w.precision.dtype == torch.float64
-        _core.writes(table(rows), list(forms), np.array(numbers), double, _threads())
+        _core.writes(table(rows), list(forms), np.array(numbers), kind, flat, double, _threads())
         written([t for q in qs for t in (q.b.w.x, q.b.m)])
         for q in qs:
             self.keep(q)
         return [q.b.w.outcome(q.null, q.figures) for q in qs]
 
 
-def _in_torch(q: LowRankUpdate) -> bool:
-    """Whether the residual needs what the core's write has not: scaled columns, or a T that is given."""
-    return q.residual is not None and (q.residual.columns is not None or q.residual.given is not None)
+def _kind(q: LowRankUpdate) -> Literal["share", "given", "scaled", "missed"]:
+    """What is added to P Vᵀ: a share of B, T as it is given, or T with scaled columns and rows, given or not."""
+    if q.residual is None or (q.residual.columns is None and q.residual.given is None):
+        return "share"
+    if q.residual.columns is None:
+        return "given"
+    return "missed" if q.residual.given is None else "scaled"
+
+
+def _coefficients(bs: list[Blend]) -> NDArray[np.float64]:
+    return np.array([(b.cm * float(b.size), b.cg * float(b.size)) for b in bs])
+
+
+def _flat(t: Tensor) -> NDArray[Any]:
+    """Its elements in order, without a copy where they lie so."""
+    return t.contiguous().view(-1).numpy()
 
 
 def _form(q: LowRankUpdate) -> LowRank:

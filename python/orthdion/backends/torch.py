@@ -42,6 +42,7 @@ from ..requests import (
     ResidualSums,
     Settle,
     Sketch,
+    Squares,
     Triangle,
     Unpack,
     Update,
@@ -76,6 +77,7 @@ class TorchBackend:
         ResidualSums: "residual_sums",
         Settle: "settle",
         Sketch: "sketch",
+        Squares: "squares",
         Triangle: "triangle",
         Unpack: "unpack",
         Update: "update",
@@ -169,7 +171,16 @@ class TorchBackend:
     def compressed_mean(self, q: CompressedMean) -> Tensor:
         """Of a rank that is alone: packed twice, as its own owner."""
         n, dtype = q.tensor.shape[1], q.tensor.dtype
-        return bits.unpack(bits.average(bits.pack(q.tensor, q.bits)[None], n, q.bits, dtype), n, q.bits, dtype)
+        mean = self.average(Average(self.pack(Pack(q.tensor, q.bits))[None], n, q.bits, dtype))
+        return self.unpack(Unpack(mean, n, q.bits, dtype))
+
+    def squares(self, q: Squares) -> tuple[Tensor, Tensor | None]:
+        """Along rows and down columns."""
+        t = double(q.tensor)
+        if q.columns is not None:
+            return (t * q.columns).square().sum(1), None
+        squares = t.square()
+        return squares.sum(1), squares.sum(0)
 
     # ------------------------------------------------------------ blends
 

@@ -23,6 +23,7 @@ from ..requests import (
     Residual,
     ResidualMatrix,
     ResidualSums,
+    Squares,
 )
 from .low_rank import Left
 
@@ -77,9 +78,10 @@ def sent_residual(
     t = yield ResidualMatrix(left.b, left.p, own)
     t = yield CompressedMean(t, at.replicas, bits, "residual")
     of_columns = yield Map(_row_squares, (r,))
-    # One bit has no zero: where no replica has anything in a column, R̄'s row is zero, and so is the column.
-    t = yield Map(_where_captured, (t, of_columns))
-    rows, columns = yield Map(_energies, (t,))
+    if bits == 1:
+        # It has no zero: where no replica has anything in a column, R̄'s row is zero, and so is the column.
+        t = yield Map(_where_captured, (t, of_columns))
+    rows, columns = yield Squares(t)
     gram = yield Reduce((yield Gram(r)), at.cols, "residual")
     missed, captured = yield (
         Reduce(rows.sum(), at.shards, "residual"),
@@ -89,7 +91,7 @@ def sent_residual(
         return Residual(alpha=(yield Map(_alpha, (missed + captured, captured), (noise.residual, goal))), given=t)
     columns = yield Reduce(columns, at.rows, "residual")
     inverse = yield Map(_column_scales, (columns + of_columns, of_columns), (noise.fade,))
-    scaled = yield Map(_scaled_energies, (t, inverse))
+    scaled, _ = yield Squares(t, inverse)
     raw, scaled = yield Reduce(rows, at.cols, "residual"), Reduce(scaled, at.cols, "residual")
     rows = raw + (yield Map(_captured_of_rows, (left.p, gram)))
     count = yield Reduce((rows > 0).sum().double(), at.rows, "residual")
@@ -100,17 +102,6 @@ def sent_residual(
 
 def _where_captured(t: Tensor, of_columns: Tensor) -> Tensor:
     return t * (of_columns > 0).to(t.dtype)[..., None, :]
-
-
-def _energies(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of squares along each row and down each column."""
-    squares = t.square()
-    return squares.sum(-1, dtype=torch.float64), squares.sum(-2, dtype=torch.float64)
-
-
-def _scaled_energies(t: Tensor, columns: Tensor) -> Tensor:
-    """Sums of squares along each row of T with scaled columns."""
-    return (t * columns.to(t.dtype)[..., None, :]).square().sum(-1, dtype=torch.float64)
 
 
 def _captured_of_rows(p: Tensor, gram: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ __all__ = [
     "ResidualSums",
     "Settle",
     "Sketch",
+    "Squares",
     "Triangle",
     "Unpack",
     "Update",
@@ -341,6 +342,17 @@ class ResidualSums(Request):
     p: Tensor
     r: Tensor
     columns: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Squares(Request):
+    """Sums of squares of ``tensor`` (m, n) along each row and down each column, in double.
+
+    With ``columns`` its columns are multiplied by these first, and the second sums are not asked for: None.
+    """
+
+    tensor: Tensor
+    columns: Tensor | None = None
 
 
 # ---------------------------------------------------------------- writes
