@@ -38,6 +38,7 @@ from ..requests import (
     ResidualSums,
     Settle,
     Sketch,
+    Squares,
     Triangle,
     Unpack,
     Update,
@@ -218,6 +219,13 @@ def _residual_sums(q: ResidualSums, fused: bool) -> Answered:
     return Answered((_residual_product(q), sums), rows)
 
 
+def _squares(q: Squares, fused: bool) -> Answered:
+    m, n = q.tensor.shape
+    cost = Cost("passes", "float64", (4 if q.columns is None else 3) * m * n, size_of(q.tensor))
+    down = _like(q.tensor, n, dtype=torch.float64) if q.columns is None else None
+    return Answered((cost,), (_like(q.tensor, m, dtype=torch.float64), down))
+
+
 def _low_rank_update(q: LowRankUpdate, fused: bool) -> Answered:
     """P Vᵀ; P Rᵀ of a residual that is not at hand, unless it is linear, P (V − αR)ᵀ; P Wᵀ of the feedback.
 
@@ -300,6 +308,7 @@ COSTS: dict[type[Request], Callable[[Any, bool], Answered]] = {
     ResidualSums: _residual_sums,
     Settle: _settle,
     Sketch: _sketch,
+    Squares: _squares,
     Triangle: _triangle,
     Unpack: _unpack,
     Update: _update,
