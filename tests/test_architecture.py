@@ -22,7 +22,7 @@ FLOORS = [
     {"optim"},
     {"grouping", "functional", "diagnostics"},
     {"create"},
-    {"doctor", "integrations", "selftest", "train"},
+    {"doctor", "integrations", "plan", "selftest", "train"},
     {"cli", "__init__"},
 ]
 FLOOR = {room: k for k, rooms in enumerate(FLOORS) for room in rooms}

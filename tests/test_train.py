@@ -389,6 +389,9 @@ def test_the_model_is_causal_and_its_start_depends_on_the_seed_alone():
         (["compare", "--optimizers", "sgd"], "optimizer must be one of"),
         (["compare", "--optimizers", "orth-dion,muon"], "separate several by spaces"),
         (["compare", "--lrs", "a,b"], "numbers separated by commas"),
+        (["plan", "--ranks", "many"], "whole numbers separated by commas"),
+        (["plan", "--model", "lama"], "llama-3-8b"),
+        (["plan", "--optimizers", "muonn"], "did you mean 'muon'"),
         (["train", "--resume", "--out", "nowhere"], "no checkpoint"),
     ],
 )
@@ -406,6 +409,25 @@ def test_doctor_and_list_tell(orthdion_cli):
     listed = orthdion_cli("list").out
     assert all(name in listed for name in ("completed-dion", "orth-dion", "dion", "curvadion", "muon", "adamw", "lion"))
     assert "2605.16341" in listed and "12mnr" in listed
+
+
+def test_plan_prints_a_table_and_a_choice_or_json(orthdion_cli, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"up_proj": [64, 16], "down_proj": [16, 64], "norm": [16]}))
+    common = ["plan", "--model", path, "--ranks", "2,4", "--optimizers", "orth-dion:rank_fraction=0.5 muon"]
+    done = orthdion_cli(*common)
+    assert done.code == 0, done.err
+    assert done.out.count("orth-dion:rank_fraction=0.5") >= 2 and "4 ranks: muon" in " ".join(done.out.split())
+    rows = json.loads(orthdion_cli(*common, "--json").out)["rows"]
+    assert [(r["rule"], r["ranks"]) for r in rows] == [(name, n) for name in ("orth-dion", "muon") for n in (2, 4)]
+    assert all(r["sent_by_content"]["flags"] == 3 * 8 for r in rows)  # a number of each parameter
+
+
+def test_list_shows_equations_and_counted_figures(orthdion_cli):
+    assert "2512.13728" in orthdion_cli("list").out
+    counted = orthdion_cli("list", "--counted").out
+    row = next(line for line in counted.splitlines() if "curvadion" in line)
+    assert row.split()[-1] == "varies"
 
 
 def test_train_and_compare_take_the_same_options_of_a_run(orthdion_cli):

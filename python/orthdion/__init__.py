@@ -21,6 +21,7 @@ from .optim import (
     OrthDion,
     SinkGD,
 )
+from .plan import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "OptimizerInfo",
     "OrthDion",
     "ParamGroups",
+    "Plan",
     "Rule",
     "SinkGD",
     "StateSpec",
@@ -50,6 +52,7 @@ __all__ = [
     "linalg",
     "list_optimizers",
     "param_groups",
+    "plan",
     "register",
     "requests",
 ]

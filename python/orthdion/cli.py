@@ -1,4 +1,4 @@
-"""The command line: ``orthdion train | compare | list | doctor | bench``."""
+"""The command line: ``orthdion train | compare | list | plan | doctor | bench``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ try:
 except ImportError as e:  # the optimizers themselves need none of these
     raise SystemExit(f"orthdion's command line needs {e.name}: pip install 'orthdion[cli]'") from e
 
+from .plan import PRESETS as SIZES
 from .train import PRESETS, TrainConfig
 from .train.loop import Progress as Report
 from .train.loop import Result
@@ -257,16 +258,90 @@ def compare(
 
 
 @app.command(name="list")
-def list_() -> None:
-    """List the registered optimizers: what each keeps, computes, sends, and is for."""
+def list_(
+    counted: Annotated[bool, typer.Option("--counted", help="Figures of a GPT block, by a counting run.")] = False,
+) -> None:
+    """List the registered optimizers: the step of each, what it keeps, computes, sends, and is for."""
     from .create import list_optimizers
+    from .plan.catalogue import RANKS, catalogue
 
-    table = Table(title="m×n matrices at rank r", title_justify="left", box=SIMPLE)
-    for column in ("name", "state", "flops", "sent", "what it is for", "paper"):
-        table.add_column(column, no_wrap=column == "name", overflow="fold")
-    for known in list_optimizers():
-        table.add_row(known.name, known.state, known.flops, known.sent, known.use, known.paper)
+    if counted:
+        title = f"numbers for each weight of a GPT block 768 wide, r = d/8; sent by each of {RANKS} ranks"
+        table = Table(title=title, title_justify="left", box=SIMPLE)
+        for column in ("name", "state", "flops", "sent, FSDP", "sent, DDP"):
+            table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
+        for row in catalogue([known.name for known in list_optimizers()]):
+            sent = ("varies" if x is None else f"{x:.3g}" for x in (row.sharded, row.replicas))
+            table.add_row(row.info.name, f"{row.state:.3g}", f"{row.flops:.3g}", *sent)
+    else:
+        table = Table(title="m×n matrices at rank r", title_justify="left", box=SIMPLE)
+        for column in ("name", "step", "state", "flops", "sent", "what it is for", "paper"):
+            table.add_column(column, no_wrap=column == "name", overflow="fold")
+        for known in list_optimizers():
+            cells = (known.summary, known.state, known.flops, known.sent, known.use, known.paper)
+            table.add_row(known.name, *cells)
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(SIZES)}, or a .json file: shapes by name, or a transformers config.")
+    ] = "llama-3-8b",
+    optimizers: Annotated[
+        str | None,
+        typer.Option(
+            help="Specs separated by spaces, in quotes; all of `orthdion list` if left out.", show_default=False
+        ),
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="How many processes; several numbers separated by commas.")] = "8",
+    layout: Annotated[str, typer.Option(help="ddp, fsdp, hsdp, tp, fsdp+tp or hsdp+tp.")] = "fsdp",
+    shard: Annotated[int, typer.Option(help="Ranks that shard a weight under hsdp.")] = 8,
+    tensor: Annotated[int, typer.Option(help="Ranks of a tensor-parallel group.")] = 8,
+    hardware: Annotated[
+        str, typer.Option(help="h100, b200, or here: this machine, measured for some seconds.")
+    ] = "h100",
+    link: Annotated[
+        float | None,
+        typer.Option(help="Gbit/s of each rank between nodes; the hardware's if left out.", show_default=False),
+    ] = None,
+    rank_fraction: Annotated[
+        float | None, typer.Option(help="Of the optimizers that have one and do not say.", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """What a step costs on any model, mesh and machine: flops, memory, elements on the wire, predicted time."""
+    from .plan import plan as run
+    from .train.specs import OptimizerSpec, split_specs
+
+    try:
+        counts = [int(n) for n in ranks.split(",")]
+    except ValueError:
+        raise ValueError(f"--ranks must be whole numbers separated by commas, not {ranks!r}") from None
+    specs = [OptimizerSpec.parse(text) for text in split_specs(optimizers)] if optimizers else None
+    found = run(
+        model,
+        None if specs is None else {spec.label: (spec.name, spec.options) for spec in specs},
+        ranks=counts,
+        layout=layout,
+        shard=shard,
+        tensor=tensor,
+        hardware=hardware,
+        link=link,
+        options={} if rank_fraction is None else {"rank_fraction": rank_fraction},
+    )
+    if json:
+        print(found.to_json())
+        return
+    head, rows = found.cells()
+    table = Table(title=found.title, title_justify="left", box=SIMPLE)
+    for column in head:
+        table.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     (console if console.is_terminal else Console(width=140)).print(table)
+    for note in found.notes():
+        console.print(note, markup=False, highlight=False)
 
 
 @app.command()

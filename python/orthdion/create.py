@@ -15,7 +15,7 @@ from .core.rule import Rule
 from .grouping import param_groups
 from .optim import OPTIMIZERS
 
-__all__ = ["GROUPING", "OptimizerInfo", "create", "grouping_of", "list_optimizers"]
+__all__ = ["GROUPING", "OptimizerInfo", "create", "grouping_of", "list_optimizers", "optimizer_of", "rule_of"]
 
 #: Keywords of :func:`orthdion.param_groups`.
 GROUPING = ("scalar", "scalar_lr", "overrides", "per_head", "require_matrices")
@@ -48,18 +48,31 @@ def list_optimizers() -> list[OptimizerInfo]:
     """Every registered optimizer, those that a program has registered among them."""
     found = []
     for name in [*OPTIMIZERS, *(n for n in rules() if n not in OPTIMIZERS)]:
-        rule = _rule_of(name)
-        note = (OPTIMIZERS[name].__doc__ or "").strip().splitlines()[0] if name not in rules() else rule.summary
-        found.append(OptimizerInfo(name, note, _state(rule), rule.flops, rule.sent, rule.use, rule.paper))
+        rule = rule_of(name)
+        own = vars(OPTIMIZERS[name]) if name in OPTIMIZERS else {}  # an optimizer that does more than its rule says so
+        said = {key: own.get(key, getattr(rule, key)) for key in ("summary", "flops", "sent", "use", "paper")}
+        found.append(OptimizerInfo(name=name, state=_state(rule), **said))
     return found
 
 
-def _rule_of(name: str) -> type[Rule]:
-    if name in rules():
-        return rules()[name]
-    rule = OPTIMIZERS[name].rule
-    assert rule is not None
-    return rule
+def rule_of(optimizer: str | type[Rule] | type[MatrixOptimizer]) -> type[Rule]:
+    """The rule that steps an optimizer's hidden matrices.
+
+    Raises:
+        ValueError: for an unknown name. TypeError: for an optimizer without a rule of its own.
+    """
+    kind = _kind(optimizer)
+    rule = kind if issubclass(kind, Rule) else kind.rule
+    if rule is None:
+        raise TypeError(f"{kind.__name__} has no rule of its own; name a Rule, or a class that has one")
+    found: type[Rule] = rule
+    return found
+
+
+def optimizer_of(optimizer: str | type[Rule] | type[MatrixOptimizer]) -> type[MatrixOptimizer]:
+    """The class that runs it: its own, or for a rule without one :class:`MatrixOptimizer`."""
+    kind = _kind(optimizer)
+    return MatrixOptimizer if issubclass(kind, Rule) else kind
 
 
 def _state(rule: type[Rule]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import planned
 import torch
 import torch.distributed as dist
 from cases import Shard, build, copies_agree, distance, full, gradient, mesh, randn, sharded
@@ -80,6 +81,7 @@ def few_bits_equal_the_hand(shapes: Any, steps: int, bits: int, hybrid: bool) ->
         o.step()
     agree = copies_agree([*params, *(s["Q"] for s in o.state.values())], handle)
     sent = o.communication()
+    planned.check(o, shapes, options, lambda i, rank: planned.on_replicas(hybrid, rank), dtype)
     o.synchronize_for_checkpoint()
     apart = momenta = 0.0
     for s, p, hand in zip(shapes, params, hands, strict=True):

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import my_rules  # noqa: F401  # registers them
+import planned
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -218,6 +219,7 @@ def layout_equals_one_process(layout: str, shapes, steps, dtype, options) -> tup
             for i, p in enumerate(params):
                 p.grad = sharded(gradient(shapes[i], k, i, 0, dtype), where, placements)
             o.step()
+        planned.check(o, shapes, options, lambda i, rank: planned.over(where.mesh.shape, placements, rank), dtype)
     weights, states = reference(shapes, steps, 1, dtype, options)
     found = [dict(o.state[p]) for p in params]
     assert state_errors(found, states) < STATES[dtype]
@@ -261,6 +263,7 @@ def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> t
             for i, p in enumerate(params):
                 p.grad = place(gradient(shapes[i], k, i, replica, dtype))
             o.step()
+        planned.check(o, shapes, options, lambda i, rank: planned.on_replicas(hybrid, rank), dtype)
     agree = copies_agree([*params, *(s["Q"] for s in o.state.values() if "Q" in s)], handle)
     sent = o.communication()
     o.synchronize_for_checkpoint()
@@ -318,6 +321,10 @@ def special_shapes(options: dict[str, Any]) -> list[float]:
             whole[i].grad, parts[i].grad = g, sharded(g, where, (at,))
         for o in both:
             o.step()
+    keys = [k for _, k, _ in SPECIAL]
+    size, places = (dist.get_world_size(),), [at for _, _, at in SPECIAL]
+    shapes = [s for s, _, _ in SPECIAL]
+    planned.check(both[1], shapes, options, lambda i, rank: planned.over(size, (places[i],), rank), dtype, keys)
     return [
         max(distance(p, q), state_errors([both[1].state[p]], [both[0].state[q]]))
         for p, q in zip(parts, whole, strict=True)

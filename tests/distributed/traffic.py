@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import planned
 import torch
 import torch.distributed as dist
 from cases import LAYOUTS, gradient, mesh, randn, same_on_all, sharded, spread
@@ -31,6 +32,7 @@ def sent(layout: str | None, shapes, options, shared: bool = False) -> tuple[int
                 g = gradient(shapes[i], k, i, dist.get_rank() if layout is None else 0, dtype).clone()
                 p.grad = g if layout is None else sharded(g, mesh(shape), placements)
             o.step()
+        planned.check(o, shapes, options, lambda i, rank: lies(layout, rank), dtype)
     count = o.communication()
     assert count.steps == 3 and count.total.bytes >= count.last_step.bytes
     assert sum(count.last_step.by_content.values()) == sum(count.last_step.by_collective.values())
@@ -38,6 +40,14 @@ def sent(layout: str | None, shapes, options, shared: bool = False) -> tuple[int
     # With eight matrices at hand factors are shared out where they are summed over ranks and whole on one of them.
     split = {"reduce_scatter"} <= count.last_step.by_collective.keys()
     return count.last_step.bytes, dict(count.last_step.by_content), split
+
+
+def lies(layout: str | None, rank: int) -> planned.Spread:
+    """Where a planned weight lies."""
+    if layout is None:
+        return planned.on_replicas(False, rank)
+    shape, placements = LAYOUTS[layout]
+    return planned.over(mesh(shape).mesh.shape, placements, rank)
 
 
 def rounded_on_the_wire() -> tuple[int, int, float]:
@@ -49,6 +59,8 @@ def rounded_on_the_wire() -> tuple[int, int, float]:
         for k in range(5):
             p.grad = gradient((96, 64), k, 0, dist.get_rank(), torch.float32).clone()
             o.step()
+        options = {"rank_fraction": 0.1, "reduce_dtype": reduce_dtype}
+        planned.check(o, [(96, 64)], options, lambda i, rank: lies(None, rank), torch.float32)
         assert same_on_all([p])
         results.append(p.detach())
         content = o.communication().last_step.by_content

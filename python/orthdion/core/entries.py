@@ -22,7 +22,7 @@ from .fold import Copies, Fold, as_matrix, is_view, write_back
 from .rule import Rule
 from .states import Sides, base_name, stored
 
-__all__ = ["Entry", "StateError", "flat", "has_no_data"]
+__all__ = ["Entry", "StateError", "extents_of", "flat", "has_no_data"]
 
 
 class StateError(ValueError):
@@ -183,7 +183,7 @@ class Entry:
         made = []
         for i, (_, k) in enumerate(which):
             m, flip = fold.sizes[k], sides.flips[k]
-            extents = partial(self._extents, k) if self.placed.mesh is not None else None
+            extents = partial(extents_of, fold, self.placed, sides.flips, k) if self.placed.mesh is not None else None
             made.append(
                 Matrix(
                     xs[i].T if flip else xs[i],
@@ -216,17 +216,17 @@ class Entry:
         states = dict(zip(names, found[2:], strict=True)) | counters
         return [Matrix(found[0], found[1], states, (rows, cols), (rows, cols), 1.0, layout)]
 
-    def _extents(self, k: int) -> list[Extent]:
-        """What each rank of the shards has of the matrix that part ``k`` is."""
-        fold, found = self.fold, []
-        assert fold is not None
-        every = self.placed.ranges_over_shards()
-        columns = _side_by_side({tuple(ranges[a] for a in fold.col_axes) for ranges in every})
-        for ranges in every:
-            top, bottom = (fold.before(k, row) for row in ranges[fold.row_axis])
-            left, right = columns[tuple(ranges[a] for a in fold.col_axes)]
-            found.append((left, right, top, bottom) if self._flips[k] else (top, bottom, left, right))
-        return found
+
+def extents_of(fold: Fold, placed: Placed, flips: tuple[bool, ...], k: int) -> list[Extent]:
+    """What each rank of the shards has of the matrix that part ``k`` is."""
+    found = []
+    every = placed.ranges_over_shards()
+    columns = _side_by_side({tuple(ranges[a] for a in fold.col_axes) for ranges in every})
+    for ranges in every:
+        top, bottom = (fold.before(k, row) for row in ranges[fold.row_axis])
+        left, right = columns[tuple(ranges[a] for a in fold.col_axes)]
+        found.append((left, right, top, bottom) if flips[k] else (top, bottom, left, right))
+    return found
 
 
 def _row(g: Tensor, x: Tensor, p: Tensor) -> Tensor | None:

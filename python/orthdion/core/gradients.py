@@ -11,8 +11,19 @@ from torch import Tensor
 
 from ..distributed import local
 from ..requests import Body, Group, Layout, Reduce
+from .rule import Rule
 
-__all__ = ["FLOATS", "Arrival", "arrive", "check", "gradient", "mean_over", "power_sum", "same_everywhere"]
+__all__ = [
+    "FLOATS",
+    "Arrival",
+    "arrive",
+    "check",
+    "checked_by_the_step",
+    "gradient",
+    "mean_over",
+    "power_sum",
+    "same_everywhere",
+]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -43,6 +54,11 @@ def gradient(p: Tensor) -> Tensor | None:
     if g.placements != p.placements:  # type: ignore[attr-defined]  # a replicated norm's is a sum to be finished
         g = g.redistribute(placements=p.placements)  # type: ignore[attr-defined]
     return local(g)
+
+
+def checked_by_the_step(rule: Rule, at: Layout) -> bool:
+    """Whether a rule's own body learns what has arrived, and averages what replicas differ in."""
+    return rule.checks_gradient and (at.compressed or at.replicas.size == 1)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from ..backends import choose, passed_over, rust_core_error
 from ..distributed import Placed, local, place
+from ..requests import Layout
 from . import gradients, states
 from .entries import Entry, has_no_data
 from .fold import Fold, as_matrix, is_view
@@ -25,7 +26,7 @@ from .registry import find
 from .rule import Rule
 from .saving import Member
 
-__all__ = ["Members"]
+__all__ = ["Members", "compressed"]
 
 
 class Members(Groups):
@@ -162,9 +163,7 @@ class Members(Groups):
     def _entered(self, m: Member, rule: Rule, placed: Placed, fold: Fold | None, sides: states.Sides) -> Entry:
         """The entry; over replicas, factors travel if they are smaller than the gradient (section 7)."""
         p, at, kind = m.p, placed.layout, type(rule)
-        if at.replicas.size > 1 and kind.averages_factors and fold is not None:
-            factors = sum((rows + fold.cols) * r for rows, r in zip(fold.sizes, sides.ranks, strict=True))
-            at = replace(at, compressed=factors < fold.rows * fold.cols)
+        at = compressed(at, rule, fold, sides)
         self._spread |= at.whole.size > 1
         if (why := rule.unsupported(at)) is not None:
             raise ValueError(f"{m.name}: {why}")
@@ -222,6 +221,14 @@ class Members(Groups):
                         f"the gradient of {self._name(p)} shares memory with the parameter or one of its states; give "
                         "it memory of its own: p.grad = p.grad.clone()"
                     )
+
+
+def compressed(at: Layout, rule: Rule, fold: Fold | None, sides: states.Sides) -> Layout:
+    """The layout of a parameter's matrices: over replicas, factors travel if they are smaller than the gradient."""
+    if at.replicas.size == 1 or not rule.averages_factors or fold is None:
+        return at
+    factors = sum((rows + fold.cols) * r for rows, r in zip(fold.sizes, sides.ranks, strict=True))
+    return replace(at, compressed=factors < fold.rows * fold.cols)
 
 
 def _overlap(tensors: list[Tensor]) -> tuple[Tensor, Tensor] | None:

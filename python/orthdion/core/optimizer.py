@@ -260,8 +260,7 @@ class MatrixOptimizer(Members):
             if g is None and at.domain.size == 1:
                 continue  # a stack's matrices of this rank, or a replica that steps alone
             alone = at.domain.size == 1
-            own = rule.checks_gradient and (at.compressed or at.replicas.size == 1)
-            if own or (alone and self._checked_when_fused(entry, rule)):
+            if gradients.checked_by_the_step(rule, at) or (alone and self._checked_when_fused(entry, rule)):
                 entry.direct = rule if g is not None and alone and at is entry.layout else None
                 ready.append(one)
                 continue

@@ -63,6 +63,7 @@ class Rule:
         tall: wide matrices are seen transposed, so that m ≥ n.
         elementwise: it has no matrices: tensors of any shape are seen as rows.
         checks_gradient: its step finds out by itself whether the gradient has arrived and is finite, on all ranks.
+        advised: what `orthdion.plan` may choose it as, for the losses that were measured; not inherited.
         averages_factors: where replicas have gradients of their own, it averages factors in place of the gradient.
     """
 
@@ -77,6 +78,7 @@ class Rule:
     elementwise: ClassVar[bool] = False
     checks_gradient: ClassVar[bool] = False
     averages_factors: ClassVar[bool] = False
+    advised: ClassVar[Literal["full rank", "low rank", ""]] = ""
 
     lr: float = number(0.01, 0.0, doc="η, the learning rate. A tensor is read at each step.")
     weight_decay: float = number(0.01, 0.0, doc="λ, decoupled; multiplied by η, not by the scale.")

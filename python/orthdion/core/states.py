@@ -104,6 +104,14 @@ class Stored:
     width: int = 1
     beside: int | None = None
 
+    def lengths(self, placed: Placed) -> list[int]:
+        """The shape of what this rank has of it."""
+        found = list(self.shape)
+        for axis, own in self.axes.items():
+            first, last = placed.ranges[axis]
+            found[own] = (last - first) * self.width
+        return found
+
     def local_part(self, whole: Tensor, placed: Placed) -> Tensor:
         """The rank's part of the whole state."""
         for axis, own in self.axes.items():
@@ -229,11 +237,7 @@ def initial(
         if not kept.parts:
             made = torch.zeros_like(here, dtype=dtype, memory_format=torch.preserve_format)
         else:
-            lengths = list(kept.shape)
-            for axis, own in kept.axes.items():
-                first, last = placed.ranges[axis]
-                lengths[own] = (last - first) * kept.width
-            made = torch.zeros(lengths, dtype=dtype, device=here.device)
+            made = torch.zeros(kept.lengths(placed), dtype=dtype, device=here.device)
         if kept.state.start == "orthonormal" and fold is not None and seed is not None:
             _write_orthonormal(made, kept, fold, sides, placed, generator(seed, index))
         states[key] = placed.wrap(made, kept.shape, kept.axes)

@@ -3,11 +3,12 @@
 from .collectives import Communicator, Traffic
 from .ddp import Replicas, decouple
 from .groups import everyone, meet
-from .layout import Placed, is_dtensor, local, place
+from .layout import Groups, Placed, is_dtensor, lay, local, place, unsharded
 from .meshes import Meshes
 
 __all__ = [
     "Communicator",
+    "Groups",
     "Meshes",
     "Placed",
     "Replicas",
@@ -15,7 +16,9 @@ __all__ = [
     "decouple",
     "everyone",
     "is_dtensor",
+    "lay",
     "local",
     "meet",
     "place",
+    "unsharded",
 ]

@@ -32,7 +32,7 @@ class Communicator:
     """Posts collectives and counts them; ``reduce_dtype`` rounds factors and gradients on the wire."""
 
     def __init__(self, reduce_dtype: torch.dtype | None = None) -> None:
-        self._reduce_dtype = reduce_dtype
+        self.reduce_dtype = reduce_dtype
         #: Whether every rank has every matrix. Where stacks are shared out, ranks take unlike numbers of rounds, and
         #: two buckets at a time would post what they have in common in unlike orders.
         self.uniform = True
@@ -48,7 +48,7 @@ class Communicator:
 
     def fresh(self) -> Communicator:
         """One like it that has sent nothing."""
-        other = Communicator(self._reduce_dtype)
+        other = Communicator(self.reduce_dtype)
         other.uniform = self.uniform
         return other
 
@@ -70,7 +70,7 @@ class Communicator:
         flat, dtype = self._flat([q.tensor for q in requests], first.rounded), first.tensor.dtype
         self._count("all_reduce", first.group, elements(requests), flat)
         op = dist.ReduceOp.MAX if first.op == "max" else dist.ReduceOp.SUM
-        yield dist.all_reduce(flat, op=op, group=first.group.handle, async_op=True)
+        yield self._all_reduce(flat, op, first.group)
         parts = _split(flat.to(dtype), [q.tensor.shape for q in requests])
         return [t if q.divisor == 1 else t / q.divisor for t, q in zip(parts, requests, strict=True)]
 
@@ -80,7 +80,7 @@ class Communicator:
         flat = self._flat([q.tensor for q in requests], False)
         out = flat.new_empty(group.size * flat.numel())
         self._count("all_gather", group, elements(requests), flat)
-        yield dist.all_gather_into_tensor(out, flat, group=group.handle, async_op=True)
+        yield self._all_gather(out, flat, group)
         ranks = [_split(part, [q.tensor.shape for q in requests]) for part in out.view(group.size, -1)]
         return [torch.stack(parts) for parts in zip(*ranks, strict=True)]
 
@@ -97,7 +97,7 @@ class Communicator:
         arrived = sent.new_empty(group.size * sizes[group.index])
         self._count("all_to_all", group, content, sent)
         back = [sizes[group.index]] * group.size
-        yield dist.all_to_all_single(arrived, sent, back, sizes, group=group.handle, async_op=True)
+        yield self._all_to_all(arrived, sent, back, sizes, group)
 
         jobs: list[Request] = []
         first, every = 0, arrived.view(group.size, -1)
@@ -111,7 +111,7 @@ class Communicator:
         out = sent.new_empty(group.size * max(sizes))
         mine = _padded(means, max(sizes))
         self._count("all_gather", group, content, mine)
-        yield dist.all_gather_into_tensor(out, mine, group=group.handle, async_op=True)
+        yield self._all_gather(out, mine, group)
         flat = torch.cat([part[:size] for part, size in zip(out.view(group.size, -1), sizes, strict=True)])
         whole = _split(flat, [rows.shape for rows in packed])
         return compute(
@@ -127,7 +127,7 @@ class Communicator:
         padded = longest * group.size > _PADDING * sum(q.tensor.numel() for q in requests)
         saved = sum(4 * q.tensor.numel() * q.tensor.shape[1] for q in requests) * (1 - 1 / group.size)
         # A factor that was rounded on its way back would not be orthonormal: then only the sums are.
-        if self._reduce_dtype is not None or padded or saved < WORTH:
+        if self.reduce_dtype is not None or padded or saved < WORTH:
             plain = [Reduce(q.tensor, group, q.what, q.divisor, rounded=True) for q in requests]
             reduced = yield from self.reduce(plain)
             return compute([_here(q, a) for q, a in zip(requests, reduced, strict=True)])
@@ -137,7 +137,7 @@ class Communicator:
         flat = torch.stack([_padded(row, longest) for row in rows])
         mine = flat.new_empty(longest)
         self._count("reduce_scatter", group, elements(requests), flat)
-        yield dist.reduce_scatter_tensor(mine, flat.view(-1), group=group.handle, async_op=True)
+        yield self._reduce_scatter(mine, flat.view(-1), group)
 
         own = shares[group.index]
         sums = zip(own, _split(mine, [q.tensor.shape for q in own]), strict=True)
@@ -169,7 +169,7 @@ class Communicator:
         sent = torch.cat([like.new_empty(0), *(requests[i].tensor.reshape(-1) for i in order)])
         arrived = like.new_empty(sum(back))
         self._count("all_to_all", group, content, sent)
-        yield dist.all_to_all_single(arrived, sent, back, out, group=group.handle, async_op=True)
+        yield self._all_to_all(arrived, sent, back, out, group)
 
         wholes = [like.new_zeros(requests[i].w.shape) for i in here]
         for part, k in zip(arrived.split(back), range(group.size), strict=True):
@@ -186,7 +186,7 @@ class Communicator:
         ]
         sent, arrived = torch.cat([like.new_empty(0), *parts]), like.new_empty(sum(out))
         self._count("all_to_all", group, content, sent)
-        yield dist.all_to_all_single(arrived, sent, out, back, group=group.handle, async_op=True)
+        yield self._all_to_all(arrived, sent, out, back, group)
         answers: dict[int, Tensor] = {}
         for i, piece in zip(order, arrived.split([requests[i].tensor.numel() for i in order]), strict=True):
             answers[i] = piece.view(requests[i].tensor.shape)
@@ -206,13 +206,27 @@ class Communicator:
         flat = _padded(torch.cat([like.new_empty(0), *(t.reshape(-1) for t in tensors)]), width)
         out = like.new_empty(group.size * width)
         self._count("all_gather", group, {what: 1}, flat)
-        yield dist.all_gather_into_tensor(out, flat, group=group.handle, async_op=True)
+        yield self._all_gather(out, flat, group)
         split = [_split(part, row) for part, row in zip(out.view(group.size, -1), shapes, strict=True)]
         return _in_order(split, owners)
 
+    # What is posted, and nothing else: a planner counts without posting. Each returns what can be waited for.
+
+    def _all_reduce(self, flat: Tensor, op: Any, group: Group) -> Any:
+        return dist.all_reduce(flat, op=op, group=group.handle, async_op=True)
+
+    def _all_gather(self, out: Tensor, flat: Tensor, group: Group) -> Any:
+        return dist.all_gather_into_tensor(out, flat, group=group.handle, async_op=True)
+
+    def _reduce_scatter(self, out: Tensor, flat: Tensor, group: Group) -> Any:
+        return dist.reduce_scatter_tensor(out, flat, group=group.handle, async_op=True)
+
+    def _all_to_all(self, out: Tensor, sent: Tensor, to_come: list[int], to_go: list[int], group: Group) -> Any:
+        return dist.all_to_all_single(out, sent, to_come, to_go, group=group.handle, async_op=True)
+
     def _flat(self, tensors: list[Tensor], rounded: bool) -> Tensor:
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        return flat.to(self._reduce_dtype) if rounded and self._reduce_dtype is not None else flat
+        return flat.to(self.reduce_dtype) if rounded and self.reduce_dtype is not None else flat
 
     def _count(self, collective: str, group: Group, numbers: dict[str, int], flat: Tensor) -> None:
         """Shares a buffer's bytes, padding included, out to what is in it."""

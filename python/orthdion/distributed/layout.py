@@ -20,7 +20,7 @@ from torch import Tensor
 from ..requests import ALONE, Group, Layout
 from .groups import from_handle, product, union
 
-__all__ = ["Placed", "is_dtensor", "local", "place"]
+__all__ = ["Groups", "Placed", "is_dtensor", "lay", "local", "place", "unsharded"]
 
 Role = str
 
@@ -41,12 +41,12 @@ class Placed:
 
     def ranges_over_shards(self) -> list[tuple[tuple[int, int], ...]]:
         """What each rank of ``layout.shards`` has of every axis, in the order of the group."""
-        if self.mesh is None:
+        if self.mesh is None or self.layout.shards.size == 1:
             return [self.ranges]
-        sizes, found = self.shape, []
-        for rank in self.layout.shards.ranks if self.layout.shards.size > 1 else (dist.get_rank(),):
+        found = []
+        for rank in self.layout.shards.ranks:
             coordinate = (self.mesh.mesh == rank).nonzero()[0].tolist()
-            found.append(_ranges(sizes, self.mesh, self.placements, coordinate))
+            found.append(_ranges(self.shape, self.mesh, self.placements, coordinate))
         return found
 
     def cut(self, whole: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def place(p: Tensor, name: str, roles_of: list[Role] | None, replicas: Group) ->
     """
     if not is_dtensor(p):
         whole = tuple((0, s) for s in p.shape)
-        return Placed(None, (), whole, _layout(ALONE, ALONE, ALONE, replicas), tuple(p.shape))
+        return Placed(None, (), whole, unsharded(replicas), tuple(p.shape))
     mesh, placements = p.device_mesh, tuple(p.placements)  # type: ignore[attr-defined]
     if mesh.get_coordinate() is None:
         raise NotImplementedError(
@@ -141,46 +141,85 @@ def place(p: Tensor, name: str, roles_of: list[Role] | None, replicas: Group) ->
                 f"{name} is placed {placement}: an unfinished sum; call .redistribute() on it before it becomes a "
                 "parameter"
             )
-    order, strided = _order(placements)
+    strided = _order(placements)[1]
     if len({placements[d].dim for d in strided}) < len(strided):
         raise NotImplementedError(
             f"{name} has two strided shards of one axis: {placements}; shard it over one mesh less"
         )
-    groups: dict[Role, list[int]] = {}
-    for d in [d for d in order if d not in strided] + strided:
-        groups.setdefault(roles_of[placements[d].dim] if roles_of else "shards", []).append(d)
     ranges = _ranges(tuple(p.shape), mesh, placements, list(mesh.get_coordinate()))
     if tuple(b - a for a, b in ranges) != tuple(local(p).shape):
         raise NotImplementedError(
             f"{name}: rank {dist.get_rank()} holds {tuple(local(p).shape)} where {placements} give "
             f"{tuple(b - a for a, b in ranges)}; shard it with torch's own Shard placements"
         )
+    return lay(mesh, placements, tuple(p.shape), name, roles_of, replicas)
+
+
+class Groups:
+    """How the groups of a mesh are had; a planner has some of its own."""
+
+    def of(self, mesh: Any, dims: list[int]) -> Group:
+        """The ranks that differ from this one only along ``dims``."""
+        if len(dims) == 1:
+            return from_handle(mesh.get_group(dims[0]))
+        return union(set(_span(mesh, dims))) if dims else ALONE
+
+    def product(self, a: Group, b: Group) -> Group:
+        """The grid that two groups span."""
+        return product(a, b)
+
+
+def lay(
+    mesh: Any,
+    placements: tuple[Any, ...],
+    shape: tuple[int, ...],
+    name: str,
+    roles_of: list[Role] | None,
+    replicas: Group,
+    made: Groups | None = None,
+) -> Placed:
+    """How a parameter of this shape lies on a mesh, by its placements.
+
+    Raises:
+        ValueError: where ``replicas`` are ranks that it is sharded over.
+    """
+    made = made or Groups()
+    order, strided = _order(placements)
+    groups: dict[Role, list[int]] = {}
+    for d in [d for d in order if d not in strided] + strided:
+        groups.setdefault(roles_of[placements[d].dim] if roles_of else "shards", []).append(d)
+    own = int(mesh.mesh[tuple(mesh.get_coordinate())])
     copies = _span(mesh, [d for d in range(mesh.ndim) if d not in order])
     if replicas.size > 1 and set(replicas.ranks) <= set(copies):
         replicas = ALONE  # a dimension of the weight's own mesh, over which FSDP2 has averaged the gradients
-    elif set(replicas.ranks) & set(_span(mesh, list(range(mesh.ndim)))) > {dist.get_rank()}:
+    elif set(replicas.ranks) & set(_span(mesh, list(range(mesh.ndim)))) > {own}:
         raise ValueError(
             f"{name} is sharded over ranks that replicate_mesh {replicas.ranks} holds to have copies of it; give "
             "replicate_mesh the mesh dimension whose ranks have copies"
         )
-    rows, cols = (_group(mesh, groups.get(k, [])) for k in ("rows", "cols"))
+    rows, cols = (made.of(mesh, groups.get(k, [])) for k in ("rows", "cols"))
     everything = [d for k, ds in groups.items() if k != "batch" for d in ds]
-    shards = _group(mesh, everything)
-    layout = _layout(rows, cols, shards, replicas)
+    layout = _layout(rows, cols, made.of(mesh, everything), replicas, made)
     if groups.get("batch"):
-        layout = replace(layout, whole=product(replicas, _group(mesh, order)))
-    return Placed(mesh, placements, ranges, layout, tuple(p.shape))
+        layout = replace(layout, whole=made.product(replicas, made.of(mesh, order)))
+    ranges = _ranges(shape, mesh, placements, list(mesh.get_coordinate()))
+    return Placed(mesh, placements, ranges, layout, shape)
 
 
-def _layout(rows: Group, cols: Group, shards: Group, replicas: Group) -> Layout:
+def unsharded(replicas: Group) -> Layout:
+    """The layout of a matrix that is whole on its rank, with copies elsewhere."""
+    return _layout(ALONE, ALONE, ALONE, replicas, Groups())
+
+
+def _layout(rows: Group, cols: Group, shards: Group, replicas: Group, made: Groups) -> Layout:
     return Layout(
         rows=rows,
         cols=cols,
         replicas=replicas,
-        left=product(replicas, cols),
-        right=product(replicas, rows),
+        left=made.product(replicas, cols),
+        right=made.product(replicas, rows),
         shards=shards,
-        domain=(domain := product(replicas, shards)),
+        domain=(domain := made.product(replicas, shards)),
         whole=domain,
     )
 
@@ -191,9 +230,3 @@ def _span(mesh: Any, dims: list[int]) -> list[int]:
     index = tuple(slice(None) if d in dims else here[d] for d in range(mesh.ndim))
     ranks: list[int] = mesh.mesh[index].flatten().tolist()
     return ranks
-
-
-def _group(mesh: Any, dims: list[int]) -> Group:
-    if len(dims) == 1:
-        return from_handle(mesh.get_group(dims[0]))
-    return union(set(_span(mesh, dims))) if dims else ALONE

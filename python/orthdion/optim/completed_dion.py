@@ -44,6 +44,7 @@ class CompletedDionRule(DionRule):
     )
     use: ClassVar[str] = "full-rank steps at low-rank cost, where gradients are synchronised: the one to start with"
     paper: ClassVar[str] = "this library, docs/algorithms.md section 3b"
+    advised: ClassVar[Any] = "full rank"
     flops: ClassVar[str] = "12mnr (linear: 6mnr)"
     sent: ClassVar[str] = "(m+n)·r + m + n"
 

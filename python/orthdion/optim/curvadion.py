@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,6 +72,13 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
     Raises:
         ValueError, TypeError: as :class:`orthdion.OrthDion`.
     """
+
+    summary: ClassVar[str] = (
+        "a step of Dion where ‖M+G‖ is off ‖M‖ by a share of more than τ; else X −= η·G apart, M = μM + G"
+    )
+    use: ClassVar[str] = "replicas that meet only when the curvature asks for it, one number a step in between"
+    paper: ClassVar[str] = "arXiv 2512.13728"
+    sent: ClassVar[str] = "less"
 
     positional = Dion.positional
     _kept_in_copies = (

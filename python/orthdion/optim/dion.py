@@ -34,6 +34,7 @@ class DionRule(Rule):
     summary: ClassVar[str] = "X −= η·sqrt(m/n)·P Vᵀ, P = orth((M+G) Q), V = unit columns of (M+G)ᵀP; feedback into M"
     use: ClassVar[str] = "factors in place of gradients on the wire, as microsoft/dion computes it"
     paper: ClassVar[str] = "arXiv 2504.05295"
+    advised: ClassVar[Any] = "low rank"
     flops: ClassVar[str] = "8mnr"
     sent: ClassVar[str] = "(m+n)·r"
     states: ClassVar[States] = {"momentum": StateSpec(), "Q": StateSpec(("cols", "rank"), start="orthonormal")}

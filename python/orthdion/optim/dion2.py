@@ -86,7 +86,8 @@ class Dion2Rule(Rule):
         everywhere[first : first + len(norms)] = norms
         everywhere = yield Reduce(everywhere, shards, "norms")
         chosen = _largest(everywhere, count)
-        found = [_among(chosen.tolist(), extent, axis) for extent in extents]
+        places = _places(chosen, length)
+        found = [_among(places, extent, axis) for extent in extents]
         start, stop = found[shards.index][2 * axis : 2 * axis + 2]
         return chosen[start:stop] - first, replace(w, shape=shape, extents=lambda: found)
 
@@ -97,6 +98,14 @@ class Dion2Rule(Rule):
 def _largest(norms: Tensor, count: int) -> Tensor:
     """Where the largest are, ascending; of equal ones the first."""
     return norms.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def _places(chosen: Tensor, length: int) -> list[int]:
+    """What was chosen of so many, as numbers; as if it lay evenly where a step is only planned."""
+    if chosen.is_meta:
+        return [i * length // len(chosen) for i in range(len(chosen))]
+    places: list[int] = chosen.tolist()
+    return places
 
 
 def _among(chosen: list[int], extent: Extent, axis: int) -> Extent:

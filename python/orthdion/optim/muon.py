@@ -47,6 +47,7 @@ class MuonRule(MomentumRule):
     summary: ClassVar[str] = "X −= η·scale·NS(lerp(G, M, μ)), M = lerp(M, G, 1−μ)"
     use: ClassVar[str] = "full-rank spectral steps, the field's measure"
     paper: ClassVar[str] = "kellerjordan.github.io/posts/muon, arXiv 2502.16982"
+    advised: ClassVar[Any] = "full rank"
     flops: ClassVar[str] = "20mn·min(m,n)"
     sent: ClassVar[str] = "mn"
 

@@ -23,6 +23,7 @@ class OrthDionRule(DionRule):
     summary: ClassVar[str] = "X −= η·sqrt(m/n)·P Vᵀ, P = orth((M+G) Q), V = orth((M+G)ᵀP); M = μ·(residual)"
     use: ClassVar[str] = "factors in place of gradients on the wire, with singular values of exactly 1"
     paper: ClassVar[str] = "arXiv 2605.16341"
+    advised: ClassVar[Any] = "low rank"
 
     rank_fraction: float = number(0.25, 0.0, 1.0, open_low=True, structural=True, doc="r over min(m, n), in (0, 1].")
     right_factor: RightFactor = choice(
