@@ -8,11 +8,10 @@
 pub mod borrow;
 pub mod elementwise;
 pub mod error;
-mod float_mode;
 pub mod gemm;
 pub mod isa;
 pub mod newton_schulz;
-mod pool;
+pub mod pool;
 #[cfg(feature = "python")]
 mod python;
 pub mod qr;

@@ -59,6 +59,9 @@ def test_hyperparameters(kind, options, error, words):
         ({"residual": None}, ValueError, "residual"),
         ({"residual_scale": -1}, ValueError, "residual_scale"),
         ({"nesterov": 1}, TypeError, "nesterov"),
+        ({"residual_bits": 2}, ValueError, "residual_bits must be 1, 4 or None"),
+        ({"residual_bits": True}, ValueError, "residual_bits"),
+        ({"residual_bits": "1"}, ValueError, "residual_bits"),
     ],
     ids=str,
 )

@@ -214,7 +214,8 @@ def test_other_peoples_classes_get_all_parameters_or_the_hidden_matrices():
 
 def test_replicas_keep_their_gradients_where_the_rule_averages_factors():
     kinds = (orthdion.OrthDion, orthdion.Dion, orthdion.CurvaDion, orthdion.CompletedDion, orthdion.Muon)
-    assert [averages_factors(kind.rule) for kind in kinds] == [True, True, True, False, False]
+    assert [averages_factors(kind.rule, {}) for kind in kinds] == [True, True, True, False, False]
+    assert averages_factors(orthdion.CompletedDion.rule, {"residual_bits": 1, "lr": 0.01})
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -57,6 +57,8 @@ def _backends() -> Section:
             ("instruction set", f"{current} (this processor has {', '.join(available)}; ORTHDION_ISA pins one)")
         )
         rows.append(("bfloat16 products", f"{pairs} (compute_dtype='bfloat16' asks for them)"))
+        whose = {"openmp": "the OpenMP team that torch works in", "own": "the core's own: no OpenMP runtime is loaded"}
+        rows.append(("whose threads", f"{whose[_core.thread_pool()]} (ORTHDION_POOL=own or openmp pins them)"))
     rows.append(("threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"))
     devices = ["cpu"]
     devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]

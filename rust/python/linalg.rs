@@ -7,6 +7,7 @@ use crate::error::Error;
 use crate::gemm::{self, Context};
 use crate::isa::Isa;
 use crate::newton_schulz as iteration;
+use crate::pool;
 use crate::qr::{self, Paths};
 use crate::step;
 use numpy::{PyReadonlyArray2, PyReadwriteArray1};
@@ -130,4 +131,10 @@ pub(super) fn matmul(
 pub(super) fn instruction_sets() -> (&'static str, Vec<&'static str>, &'static str) {
     let pairs = gemm::pairs::kernel(Isa::current()).map_or("rounded singles", |k| k.name);
     (Isa::current().name(), Isa::available().into_iter().map(Isa::name).collect(), pairs)
+}
+
+/// Whose threads serve calls: "openmp", those of the OpenMP runtime that torch has loaded, or "own".
+#[pyfunction]
+pub(super) fn thread_pool() -> &'static str {
+    pool::Kind::current().name()
 }

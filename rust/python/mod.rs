@@ -49,6 +49,9 @@ fn finite<'n>(numbers: impl IntoIterator<Item = (&'n str, f64)>) -> Result<(), E
 /// orthdion's numerical core.
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    // Both read the environment, which is safe while nobody else runs: now.
+    linalg::instruction_sets();
+    linalg::thread_pool();
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add_function(wrap_pyfunction!(step::lowrank_step, m)?)?;
     m.add_function(wrap_pyfunction!(step::elementwise_step, m)?)?;
@@ -57,6 +60,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(linalg::power_iteration, m)?)?;
     m.add_function(wrap_pyfunction!(linalg::matmul, m)?)?;
     m.add_function(wrap_pyfunction!(linalg::instruction_sets, m)?)?;
+    m.add_function(wrap_pyfunction!(linalg::thread_pool, m)?)?;
     m.add_function(wrap_pyfunction!(parts::products, m)?)?;
     m.add_function(wrap_pyfunction!(parts::largest, m)?)?;
     m.add_function(wrap_pyfunction!(parts::writes, m)?)?;

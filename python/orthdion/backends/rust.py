@@ -52,7 +52,7 @@ class RustBackend(TorchBackend):
         if isinstance(request, NewtonSchulz):
             return NewtonSchulz, request.coefficients, request.divisor, request.epsilon, request.precision
         if isinstance(request, LowRankUpdate):
-            return LowRankUpdate, request.b.w.precision, request.residual is None or request.residual.columns is None
+            return LowRankUpdate, request.b.w.precision, _in_torch(request)
         return request.key()
 
     # ------------------------------------------------------------ factorizations and iterations
@@ -125,7 +125,7 @@ class RustBackend(TorchBackend):
 
     def low_rank_update_of_many(self, qs: list[LowRankUpdate]) -> list[Any]:
         """X and M in one pass over each; a normalized residual over ranks is plain torch's."""
-        if qs[0].residual is not None and qs[0].residual.columns is not None:
+        if _in_torch(qs[0]):
             return [self.low_rank_update(q) for q in qs]
         forms: dict[LowRank, int] = {}
         rows, numbers = [], []
@@ -141,6 +141,11 @@ class RustBackend(TorchBackend):
         for q in qs:
             self.keep(q)
         return [q.b.w.outcome(q.null, q.figures) for q in qs]
+
+
+def _in_torch(q: LowRankUpdate) -> bool:
+    """Whether the residual needs what the core's write has not: scaled columns, or a T that is given."""
+    return q.residual is not None and (q.residual.columns is not None or q.residual.given is not None)
 
 
 def _form(q: LowRankUpdate) -> LowRank:

@@ -13,14 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..numerics import bits, orthonormal
 from ..numerics import newton_schulz as ns
-from ..numerics import orthonormal
 from ..numerics.orthonormal import double
 from ..numerics.rounding import rounded
 from ..requests import (
     ALONE,
+    Average,
     Blend,
     Columns,
+    CompressedMean,
     Energies,
     Factor,
     Form,
@@ -30,15 +32,18 @@ from ..requests import (
     MatMul,
     Matrix,
     NewtonSchulz,
+    Pack,
     Polar,
     Precision,
     Product,
     Report,
     Request,
+    ResidualMatrix,
     ResidualSums,
     Settle,
     Sketch,
     Triangle,
+    Unpack,
     Update,
     WarmStart,
 )
@@ -54,7 +59,9 @@ class TorchBackend:
     deferred = False
     fused: Mapping[type[Form], Fused] = {}
     _METHODS: ClassVar[dict[type[Request], str]] = {
+        Average: "average",
         Columns: "columns",
+        CompressedMean: "compressed_mean",
         Energies: "energies",
         Factor: "factor",
         Gram: "gram",
@@ -62,12 +69,15 @@ class TorchBackend:
         Map: "map",
         MatMul: "matmul",
         NewtonSchulz: "newton_schulz",
+        Pack: "pack",
         Polar: "polar",
         Product: "product",
+        ResidualMatrix: "residual_matrix",
         ResidualSums: "residual_sums",
         Settle: "settle",
         Sketch: "sketch",
         Triangle: "triangle",
+        Unpack: "unpack",
         Update: "update",
         WarmStart: "warm_start",
     }
@@ -144,6 +154,23 @@ class TorchBackend:
         """The next Q."""
         return orthonormal.warm_start(q.kind, q.v, q.null, q.old)
 
+    def pack(self, q: Pack) -> Tensor:
+        """In bits."""
+        return bits.pack(q.tensor, q.bits)
+
+    def unpack(self, q: Unpack) -> Tensor:
+        """From bits."""
+        return bits.unpack(q.packed, q.columns, q.bits, q.dtype)
+
+    def average(self, q: Average) -> Tensor:
+        """From bits to bits."""
+        return bits.average(q.packed, q.columns, q.bits, q.dtype)
+
+    def compressed_mean(self, q: CompressedMean) -> Tensor:
+        """Of a rank that is alone: packed twice, as its own owner."""
+        n, dtype = q.tensor.shape[1], q.tensor.dtype
+        return bits.unpack(bits.average(bits.pack(q.tensor, q.bits)[None], n, q.bits, dtype), n, q.bits, dtype)
+
     # ------------------------------------------------------------ blends
 
     def _formed(self, b: Blend) -> Tensor:
@@ -182,9 +209,13 @@ class TorchBackend:
         squares = double(self._formed(q.b)).square()
         return squares.sum(1), squares.sum(0)
 
+    def residual_matrix(self, q: ResidualMatrix) -> Tensor:
+        """``B − P Rᵀ``"""
+        return self._formed(q.b) - self._matmul(q.p, q.r.T, q.b.w.precision)
+
     def residual_sums(self, q: ResidualSums) -> tuple[Tensor, Tensor]:
         """Of T, and of T with scaled columns."""
-        t = double(self._formed(q.b) - self._matmul(q.p, q.r.T, q.b.w.precision))
+        t = double(self.residual_matrix(ResidualMatrix(q.b, q.p, q.r)))
         return t.square().sum(1), (t * q.columns).square().sum(1)
 
     # ------------------------------------------------------------ writes
@@ -193,13 +224,15 @@ class TorchBackend:
         """X, M and Q."""
         w, residual, (a, b) = q.b.w, q.residual, q.feedback
         dtype, precision = w.precision.dtype, w.precision
-        if residual is not None and residual.alpha is not None:
-            d = self._matmul(q.p, (q.v - residual.alpha * q.r).T, precision) + residual.alpha * self._formed(q.b)
-        else:
-            d = self._matmul(q.p, q.v.T, precision)
-            if residual is not None and residual.columns is not None and residual.rows is not None:
-                t = double(self._formed(q.b) - self._matmul(q.p, q.r.T, precision)) * residual.columns
-                d = d + (t * residual.rows[:, None]).to(d.dtype)
+        d = self._matmul(q.p, q.v.T, precision)
+        if residual is not None:
+            t = residual.given
+            if t is None:
+                t = self.residual_matrix(ResidualMatrix(q.b, q.p, q.r))
+            if residual.alpha is not None:
+                d = d + (double(t) * residual.alpha).to(d.dtype)
+            elif residual.columns is not None and residual.rows is not None:
+                d = d + (double(t) * residual.columns * residual.rows[:, None]).to(d.dtype)
         plus = a * (q.b.m.to(dtype) + math.copysign(1.0, q.b.cg) * w.g.to(dtype))
         if a != b:
             plus = plus - (a - b) / q.b.size * self._matmul(q.p, q.fed.T, precision)

@@ -115,16 +115,22 @@ def right_of(w: Matrix, b: Blend, p: Tensor) -> Body[Tensor]:
     return r
 
 
-def right_factor(w: Matrix, left: Left, kind: RightFactor, epsilon: float) -> Body[tuple[Tensor, Tensor, Tensor]]:
-    """``(V, null, R)`` of R = Bᵀ P: its QR factor, unit columns, or polar factor."""
+def right_factor(
+    w: Matrix, left: Left, kind: RightFactor, epsilon: float, own: Tensor | None = None
+) -> Body[tuple[Tensor, Tensor, Tensor]]:
+    """``(V, null, R)`` of R = Bᵀ P: its QR factor, unit columns, or polar factor. ``own``: this rank's part of R, where
+    it is known.
+    """
     at, tol = w.layout, w.precision.noise.right
+    if own is None:
+        own = yield Product(left.b, left.p)
     if kind == "column":
-        r = yield from right_of(w, left.b, left.p)
+        r = yield Reduce(own, at.right, "R", at.replicas.size, rounded=True)
         energies = yield Reduce((yield Map(_column_squares, (r,))), at.cols, "norms")
         v, null = yield Columns(r, energies, tol, epsilon)
         return v, null, r
-    raw, copies, gate = (yield Product(left.b, left.p)), at.replicas.size, w.precision.gate
-    return (yield from factor(raw, kind, tol, over=at.right, along=at.cols, what="R", copies=copies, gate=gate))
+    copies, gate = at.replicas.size, w.precision.gate
+    return (yield from factor(own, kind, tol, over=at.right, along=at.cols, what="R", copies=copies, gate=gate))
 
 
 def next_q(w: Matrix, left: Left, kind: RightFactor, v: Tensor, null: Tensor) -> Body[Tensor]:

@@ -95,8 +95,8 @@ class SavedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch has it; every group names its rule (``algorithm``) and its resolved options.
 
-        Momenta that differ between replicas are averaged first, which changes no later weight but by rounding; so after
-        a step every rank must call this.
+        Momenta that differ between replicas are averaged first, so after a step every rank must call this. It changes
+        no later weight but by rounding, and by what a residual in few bits (``residual_bits``) leaves of each one's.
         """
         self._meet()
         self.synchronize_for_checkpoint()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..requests import ALONE, Factor, Gather, Group, Reduce, Request, Whole
+from ..requests import ALONE, Average, CompressedMean, Factor, Gather, Group, Pack, Reduce, Request, Unpack, Whole
 from .traffic import Traffic, elements
 
 __all__ = ["Communicator", "Course", "Traffic"]
@@ -58,6 +58,8 @@ class Communicator:
             return self.reduce(requests)
         if isinstance(requests[0], Gather):
             return self.gather(requests)
+        if isinstance(requests[0], CompressedMean):
+            return self.compressed_mean(requests, compute)
         if isinstance(requests[0], Whole):
             return self.whole(requests, compute)
         return self.factor(requests, compute)
@@ -81,6 +83,40 @@ class Communicator:
         yield dist.all_gather_into_tensor(out, flat, group=group.handle, async_op=True)
         ranks = [_split(part, [q.tensor.shape for q in requests]) for part in out.view(group.size, -1)]
         return [torch.stack(parts) for parts in zip(*ranks, strict=True)]
+
+    def compressed_mean(self, requests: list[CompressedMean], compute: Compute) -> Course:
+        """All-to-all of packed rows to their owners, who average and pack again; all-gather of what they have."""
+        group, like = requests[0].group, requests[0].tensor
+        packed = compute([Pack(q.tensor, q.bits) for q in requests])
+        sent = torch.cat([rows.reshape(-1) for rows in packed])
+        cuts = _row_cuts([(rows.shape[0], rows.shape[1]) for rows in packed], group.size)
+        #: Bytes that each rank owns.
+        sizes = [sum((b - a) * rows.shape[1] for (a, b), rows in zip(cut, packed, strict=True)) for cut in cuts]
+        content, own = elements(requests), cuts[group.index]
+
+        arrived = sent.new_empty(group.size * sizes[group.index])
+        self._count("all_to_all", group, content, sent)
+        back = [sizes[group.index]] * group.size
+        yield dist.all_to_all_single(arrived, sent, back, sizes, group=group.handle, async_op=True)
+
+        jobs: list[Request] = []
+        first, every = 0, arrived.view(group.size, -1)
+        for q, rows, (a, b) in zip(requests, packed, own, strict=True):
+            width = (b - a) * rows.shape[1]
+            part = every[:, first : first + width].reshape(group.size, b - a, rows.shape[1])
+            jobs.append(Average(part, q.tensor.shape[1], q.bits, like.dtype))
+            first += width
+        means = torch.cat([rows.reshape(-1) for rows in compute(jobs)])
+
+        out = sent.new_empty(group.size * max(sizes))
+        mine = _padded(means, max(sizes))
+        self._count("all_gather", group, content, mine)
+        yield dist.all_gather_into_tensor(out, mine, group=group.handle, async_op=True)
+        flat = torch.cat([part[:size] for part, size in zip(out.view(group.size, -1), sizes, strict=True)])
+        whole = _split(flat, [rows.shape for rows in packed])
+        return compute(
+            [Unpack(rows, q.tensor.shape[1], q.bits, like.dtype) for q, rows in zip(requests, whole, strict=True)]
+        )
 
     def factor(self, requests: list[Factor], compute: Compute) -> Course:
         """Reduce-scatter to each matrix's owner, the work there, all-gather; or all-reduce, and the work everywhere."""
@@ -185,6 +221,20 @@ class Communicator:
         content = {what: size * n // total for what, n in numbers.items()}
         content[next(iter(content))] += size - sum(content.values())
         self.traffic.add(collective, content)
+
+
+def _row_cuts(shapes: list[tuple[int, int]], ranks: int) -> list[list[tuple[int, int]]]:
+    """Of matrices of bytes one behind the other, the rows of each that begin in each rank's share of all bytes."""
+    total = sum(rows * width for rows, width in shapes)
+    cuts = []
+    for rank in range(ranks):
+        low, high, before, cut = total * rank // ranks, total * (rank + 1) // ranks, 0, []
+        for rows, width in shapes:
+            first, last = (min(max(-(-(edge - before) // max(width, 1)), 0), rows) for edge in (low, high))
+            cut.append((first, last))
+            before += rows * width
+        cuts.append(cut)
+    return cuts
 
 
 def _here(q: Factor, a: Tensor) -> Factor:

@@ -65,10 +65,10 @@ def _refuse_shapeless(weight: Weight) -> None:
     p = weight.tensor
     if nn.parameter.is_lazy(p):
         raise ValueError(f"{weight.name} has no shape yet, as its module is lazy; run a batch through the model first")
-    linear = any(
+    flattened = p.ndim < 2 and any(
         isinstance(o.module, (nn.Linear, *CONV)) and o.attribute == "weight" and not o.part for o in weight.owners
     )
-    if type(p).__name__ == "FlatParameter" or (linear and p.ndim < 2):
+    if flattened or type(p).__name__ == "FlatParameter":
         raise ValueError(
             f"{weight.name} has the shape {tuple(p.shape)}: FSDP1 or ZeRO-3 has flattened it, so it is no matrix any "
             "more; use FSDP2 (torch.distributed.fsdp.fully_shard)"

@@ -78,7 +78,7 @@ def survey(model: nn.Module) -> Survey:
     """Walks over a model once; a module that is registered twice is a place twice."""
     places: list[Place] = []
     found: dict[int, Weight] = {}
-    for raw, place in _walk(model, "", "", (), set()):
+    for raw, place in _walk(model):
         places.append(place)
         for name, p in place.module._parameters.items():
             if p is not None:
@@ -100,23 +100,27 @@ def _own(found: dict[int, Weight], p: Tensor, raw: str, path: str, attribute: st
     found[id(p)].owners.append(owner)
 
 
-def _walk(
-    module: nn.Module, raw: str, path: str, above: tuple[Place, ...], open_: set[int]
-) -> Iterator[tuple[str, Place]]:
-    if id(module) in open_:  # a module within itself
-        return
-    inner = _inside(module)
-    if inner is not None:
-        name, wrapped = inner
-        yield from _walk(wrapped, f"{raw}.{name}".lstrip("."), path, above, open_)
-        return
-    place = Place(path, module, above, path.rpartition(".")[2])
-    yield raw, place
-    lists = _lists(module)
-    for name, child in module._modules.items():
-        if child is not None and not (lists and name == "parametrizations"):
-            below = (f"{raw}.{name}".lstrip("."), f"{path}.{name}".lstrip("."))
-            yield from _walk(child, *below, (place, *above), open_ | {id(module)})
+def _walk(model: nn.Module) -> Iterator[tuple[str, Place]]:
+    """Every place with its raw name, in order of registration. A stack, as models of many experts have many modules."""
+    stack: list[tuple[nn.Module, str, str, tuple[Place, ...]]] = [(model, "", "", ())]
+    while stack:
+        module, raw, path, above = stack.pop()
+        inside = {id(a.module) for a in above}
+        while (inner := _inside(module)) is not None and id(module) not in inside:
+            inside.add(id(module))
+            name, module = inner
+            raw = f"{raw}.{name}" if raw else name
+        if id(module) in inside:  # a module within itself
+            continue
+        place = Place(path, module, above, path.rpartition(".")[2])
+        yield raw, place
+        if not module._modules:
+            continue
+        lists, below = _lists(module), (place, *above)
+        for name, child in reversed(module._modules.items()):
+            if child is not None and not (lists and name == "parametrizations"):
+                names = (f"{raw}.{name}" if raw else name, f"{path}.{name}" if path else name)
+                stack.append((child, *names, below))
 
 
 def _inside(module: nn.Module) -> tuple[str, nn.Module] | None:

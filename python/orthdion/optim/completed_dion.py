@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from ..core.adjust import adjusted
 from ..core.low_rank import (
-    Left,
     RightFactor,
     blend,
     check_feedback,
@@ -26,23 +20,17 @@ from ..core.low_rank import (
 from ..core.optimizer import MatrixOptimizer
 from ..core.options import choice, flag, number, option
 from ..core.registry import register
-from ..requests import (
-    Body,
-    Energies,
-    Layout,
-    LowRank,
-    LowRankUpdate,
-    Map,
-    Matrix,
-    Outcome,
-    Reduce,
-    Report,
-    Residual,
-    ResidualSums,
-)
+from ..core.residuals import exact_residual, sent_residual
+from ..requests import Body, Layout, LowRank, LowRankUpdate, Matrix, Outcome, Product, Reduce, Report
 from .dion import DionRule
 
 __all__ = ["CompletedDion", "CompletedDionRule"]
+
+
+def _check_bits(name: str, value: Any) -> Any:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value in (1, 4)):
+        return value
+    raise ValueError(f"{name} must be 1, 4 or None (the residual does not travel), not {value!r}")
 
 
 @register
@@ -77,6 +65,12 @@ class CompletedDionRule(DionRule):
     )
     residual_scale: float = number(2.0, 0.0, doc="c, the root mean square of the residual's singular values.")
     nesterov: bool = flag(True, doc="Look ahead: B = μM⁺ + G.")
+    residual_bits: Any = option(
+        None,
+        _check_bits,
+        "Bits an entry that the residual travels in where only factors are averaged (``replicate_mesh``): 4 or 1. "
+        "None: not at all, so that there gradients must be.",
+    )
 
     @classmethod
     def resolve(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -93,12 +87,12 @@ class CompletedDionRule(DionRule):
 
     def unsupported(self, at: Layout) -> str | None:
         """Where only factors are averaged, nobody has the averaged residual."""
-        if not at.compressed:
+        if not at.compressed or self.residual_bits is not None:
             return None
         return (
             "the completed step applies what rank r misses of the averaged gradient, but of this matrix only rank-r "
-            "factors would be averaged; use orthdion.OrthDion, or let DDP average gradients and leave out "
-            "replicate_mesh"
+            "factors would be averaged; send it in few bits (residual_bits=4 or 1), or use orthdion.OrthDion, or let "
+            "DDP average gradients and leave out replicate_mesh"
         )
 
     @property
@@ -119,13 +113,25 @@ class CompletedDionRule(DionRule):
         left = yield from left_factor(w, blend(w, self.sign, self._kappa))
         if isinstance(left, Report):
             return left
-        v, null, r = yield from right_factor(w, left, self.right_factor, self.epsilon)
+        own = yield Product(left.b, left.p)
+        v, null, r = yield from right_factor(w, left, self.right_factor, self.epsilon, own)
+        # Replicas with gradients of their own keep what they have captured themselves: nothing of M need travel.
+        kept = w.layout.compressed
+        mine = r if not kept else (yield Reduce(own, w.layout.rows, "R"))
         a, b = feedback_numbers(self._feedback, self.mu)
-        fed = r
+        fed = mine
         if self.nesterov and a != b:
-            fed = yield from right_of(w, blend(w, self.sign, size=left.b.size), left.p)
+            ahead = blend(w, self.sign, size=left.b.size)
+            if kept:
+                fed = yield Reduce((yield Product(ahead, left.p)), w.layout.rows, "R")
+            else:
+                fed = yield from right_of(w, ahead, left.p)
         found = yield from figures(w, left.b, r, v, null)
-        residual = yield from self._residual(w, left, r)
+        wanted = self.residual, self.residual_scale
+        if kept:
+            residual = yield from sent_residual(w, left, r, mine, *wanted, self.residual_bits)
+        else:
+            residual = yield from exact_residual(w, left, r, *wanted)
         q = yield from next_q(w, left, self.right_factor, v, null)
         done: Outcome = yield LowRankUpdate(
             left.b,
@@ -143,76 +149,6 @@ class CompletedDionRule(DionRule):
             figures=found,
         )
         return done
-
-    def _residual(self, w: Matrix, left: Left, r: Tensor) -> Generator[Any, Any, Residual | None]:
-        """Its numbers, from ‖T‖² = ‖B‖² − ‖R‖² of the whole and of each column: P is orthonormal."""
-        at, spare, noise = w.layout, min(w.shape) - r.shape[1], w.precision.noise
-        if spare == 0:
-            return None
-        rows, columns = yield Energies(left.b)
-        of_columns = yield Map(_row_squares, (r,))
-        goal = self.residual_scale * math.sqrt(spare)
-        if self.residual == "linear":
-            total, captured = yield (
-                Reduce(rows.sum(), at.shards, "residual"),
-                Reduce(of_columns.sum(), at.cols, "residual"),
-            )
-            return Residual(alpha=(yield Map(_alpha, (total, captured), (noise.residual, goal))))
-        columns, rows = yield Reduce(columns, at.rows, "residual"), Reduce(rows, at.cols, "residual")
-        total, captured, count = yield (
-            Reduce(columns.sum(), at.cols, "residual"),
-            Reduce(of_columns.sum(), at.cols, "residual"),
-            Reduce((rows > 0).sum().double(), at.rows, "residual"),
-        )
-        inverse = yield Map(_column_scales, (columns, of_columns), (noise.fade,))
-        raw, scaled = yield ResidualSums(left.b, left.p, r, inverse)
-        raw, scaled = yield Reduce(raw, at.cols, "residual"), Reduce(scaled, at.cols, "residual")
-        numbers = (noise.residual, noise.fade, goal)
-        lengths = yield Map(_row_scales, (raw, scaled, rows, total, captured, count), numbers)
-        return Residual(columns=inverse, rows=lengths)
-
-
-def _row_squares(r: Tensor) -> Tensor:
-    """What P captures of each column's energy."""
-    return r.double().square().sum(-1)
-
-
-def _weight(total: Tensor, captured: Tensor, least: float, goal: float) -> tuple[Tensor, Tensor]:
-    """The residual's energy, and the norm that it is to get: 0 where it is rounding noise."""
-    energy = total - captured
-    return energy, (energy > least * total).to(energy.dtype) * goal
-
-
-def _alpha(total: Tensor, captured: Tensor, least: float, goal: float) -> Tensor:
-    """α that gives T the norm ``goal``."""
-    energy, weight = _weight(total, captured, least, goal)
-    return weight / energy.clamp_min(torch.finfo(energy.dtype).tiny).sqrt()
-
-
-def _column_scales(columns: Tensor, captured: Tensor, fade: float) -> Tensor:
-    """The inverse norm of each of T's columns; one that is noise fades out."""
-    norms = torch.maximum(columns - captured, fade * columns).sqrt()
-    return torch.where(norms > 0, 1.0 / norms.clamp_min(1e-300), 0.0)
-
-
-def _row_scales(
-    raw: Tensor,
-    scaled: Tensor,
-    rows: Tensor,
-    total: Tensor,
-    captured: Tensor,
-    count: Tensor,
-    least: float,
-    fade: float,
-    goal: float,
-) -> Tensor:
-    """What each row of T with scaled columns is multiplied by: rows in which T is noise fade out; every other row gets
-    one norm, and all together ``goal``.
-    """
-    _, weight = _weight(total, captured, least, goal)
-    share = (raw / (fade * rows).clamp_min(1e-300)).clamp_max(1.0).sqrt()
-    lengths = torch.where(scaled > 0, share / scaled.sqrt().clamp_min(1e-300), 0.0)
-    return lengths * (weight / count.clamp_min(1.0).sqrt())[..., None]
 
 
 class CompletedDion(MatrixOptimizer, rule=CompletedDionRule):

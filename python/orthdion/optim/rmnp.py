@@ -24,7 +24,7 @@ class RMNPRule(MomentumRule):
 
     name: ClassVar[str] = "rmnp"
     summary: ClassVar[str] = "X −= η·scale·M with rows of unit ℓ₂ norm, M = lerp(M, G, 1−μ)"
-    use: ClassVar[str] = "normalised steps for a few flops an entry; well below Muon in our runs"
+    use: ClassVar[str] = "normalised steps for a few flops an entry; ends well above Muon's loss here"
     paper: ClassVar[str] = "arXiv 2603.20527"
     flops: ClassVar[str] = "O(mn)"
     sent: ClassVar[str] = "0"

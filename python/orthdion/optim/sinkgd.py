@@ -28,7 +28,7 @@ class SinkGDRule(MomentumRule):
 
     name: ClassVar[str] = "sinkgd"
     summary: ClassVar[str] = "X −= η·scale·S(M), S: rows, then columns to unit norm, five times; M = lerp(M, G, 1−μ)"
-    use: ClassVar[str] = "normalised steps for a few flops an entry; well below Muon in our runs"
+    use: ClassVar[str] = "normalised steps for a few flops an entry; ends well above Muon's loss here"
     paper: ClassVar[str] = "arXiv 2502.06742"
     flops: ClassVar[str] = "O(mn)"
     sent: ClassVar[str] = "5n"
@@ -75,5 +75,6 @@ class SinkGD(MatrixOptimizer, rule=SinkGDRule):
     The paper keeps no state, so it is ``mu=0`` here. **chosen**: the momentum, Muon's average without a look-ahead, as
     the noise of single gradients would be brought to full size otherwise; the norm of D, which is sqrt(mn) in the
     paper and that of a polar factor, sqrt(min(m, n)), here, so that rates and ``adjust_lr`` mean what they mean for
-    Muon; no ε: rows and columns of zeros stay zeros, and whatever else there is has its norm, as in the paper.
+    Muon; η = 0.005; no ε: rows and columns of zeros stay zeros, and whatever else there is has its norm, as in the
+    paper.
     """

@@ -11,14 +11,17 @@ from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from .groups import Group
 from .matrix import Blend, Matrix, Precision, Report
 
 __all__ = [
+    "Average",
     "Body",
     "Columns",
+    "CompressedMean",
     "Energies",
     "Factor",
     "Gather",
@@ -27,15 +30,18 @@ __all__ = [
     "Map",
     "MatMul",
     "NewtonSchulz",
+    "Pack",
     "Polar",
     "Product",
     "Reduce",
     "Request",
     "Residual",
+    "ResidualMatrix",
     "ResidualSums",
     "Settle",
     "Sketch",
     "Triangle",
+    "Unpack",
     "Update",
     "WarmStart",
     "Whole",
@@ -153,7 +159,50 @@ class Whole(Request):
         return self.group.size > 1
 
 
+@dataclass(frozen=True, eq=False)
+class CompressedMean(Request):
+    """``C(mean of C(T))`` over ``group`` of each rank's ``tensor`` T, (m, n) and finite: the same bits on every rank.
+
+    C leaves one bit or four of an entry (:mod:`orthdion.numerics.bits`). What is sent is packed: parts go to their
+    owners, whose means come back.
+    """
+
+    over: ClassVar[str | None] = "group"
+    tensor: Tensor
+    group: Group
+    bits: Literal[1, 4]
+    what: str
+
+
 # ---------------------------------------------------------------- of plain tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Pack(Request):
+    """``tensor`` (m, n) in so many bits an entry: bytes (m, k), a string a row."""
+
+    tensor: Tensor
+    bits: Literal[1, 4]
+
+
+@dataclass(frozen=True, eq=False)
+class Unpack(Request):
+    """The matrix (m, columns) that packed rows stand for."""
+
+    packed: Tensor
+    columns: int
+    bits: Literal[1, 4]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Average(Request):
+    """The mean of w ranks' packed rows (w, m, k), summed in the order of ranks, packed again: (m, k)."""
+
+    packed: Tensor
+    columns: int
+    bits: Literal[1, 4]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +325,15 @@ class Energies(Request):
 
 
 @dataclass(frozen=True, eq=False)
+class ResidualMatrix(Request):
+    """``T = B − P Rᵀ`` (m, n) in working precision."""
+
+    b: Blend
+    p: Tensor
+    r: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class ResidualSums(Request):
     """Sums of squares along each row of T = B − P Rᵀ, and of T with its ``columns`` scaled, in double."""
 
@@ -290,11 +348,12 @@ class ResidualSums(Request):
 
 @dataclass(frozen=True)
 class Residual:
-    """What is added to P Vᵀ: α·B − P (α·R)ᵀ, or T with scaled columns and rows."""
+    """What is added to P Vᵀ: α·T, or T with scaled columns and rows; T is B − P Rᵀ where it is not ``given`` whole."""
 
     alpha: Tensor | None = None
     columns: Tensor | None = None
     rows: Tensor | None = None
+    given: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

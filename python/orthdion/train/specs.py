@@ -216,7 +216,7 @@ def _ours(
         if name in names_of(rule):
             options.setdefault(name, getattr(config, name))
     options.setdefault("seed", config.seed)
-    if isinstance(model, nn.parallel.DistributedDataParallel) and averages_factors(rule):
+    if isinstance(model, nn.parallel.DistributedDataParallel) and averages_factors(rule, options):
         options.setdefault("replicate_mesh", decouple(model))
     if rule.elementwise:  # it steps everything, at one learning rate
         groups = [{k: v for k, v in g.items() if k != "lr"} for g in param_groups(model, require_matrices=False)]
@@ -225,9 +225,10 @@ def _ours(
     return create(kind, model, **options)
 
 
-def averages_factors(rule: type[Rule]) -> bool:
+def averages_factors(rule: type[Rule], options: dict[str, Any]) -> bool:
     """Whether replicas may keep their gradients to themselves, as the rule averages factors in place of them."""
-    return rule.averages_factors and rule().unsupported(Layout(compressed=True)) is None
+    own = {name: options[name] for name in names_of(rule) if name in options}
+    return rule.averages_factors and rule(**own).unsupported(Layout(compressed=True)) is None
 
 
 def _foreign(kind: type[Optimizer], model: nn.Module, config: TrainConfig, options: dict[str, Any]) -> list[Optimizer]:

@@ -214,6 +214,8 @@ class CupyBackend(TorchBackend):
     def low_rank_update_of_many(self, qs: list[LowRankUpdate]) -> list[Outcome]:
         """X, M and Q in place, but of matrices whose flag says not to."""
         first, w = qs[0], qs[0].b.w
+        if first.residual is not None and first.residual.given is not None:
+            return [self.low_rank_update(q) for q in qs]
         p, v, r = (batch([getattr(q, name) for q in qs]) for name in ("p", "v", "r"))
         fed = r if first.fed is first.r else batch([q.fed for q in qs])
         rates = w.rates
@@ -256,7 +258,7 @@ def _written(q: LowRankUpdate) -> tuple[Hashable, ...]:
     """What writes in one launch have in common."""
     w, old, residual = q.b.w, q.b.w.state["Q"], q.residual
     rates = (float(q.lr), float(q.weight_decay)) if w.rates is None else w.rates.data_ptr()
-    kind = None if residual is None else (residual.alpha is None, residual.columns is None)
+    kind = None if residual is None else (residual.alpha is None, residual.columns is None, residual.given is None)
     formats = (old.dtype, old.shape, old.stride(), q.q.dtype)
     return rates, w.cautious, q.scale, q.feedback, kind, q.fed is q.r, w.skip is None, formats
 
