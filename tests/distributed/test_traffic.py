@@ -45,7 +45,7 @@ def test_where_factors_would_be_larger_the_gradient_travels(world):
 
 #: Bytes of a 32×24 matrix over two ranks, r = 6: name, options, those of its rows sharded, and of its columns. All send
 #: a flag besides. An all-to-all counts half of what a rank sends there and back: its part, and what it owns.
-M, N, R_ = 32, 24, 6
+M, N = SHAPES[0]
 RELATIVES = [
     ("trasmuon", {}, {"energies": 8 * N, "norms": 16}, {"energies": 8 * N, "variance": 8 * M}),
     ("auon", {}, {"norms": 24}, {"norms": 24}),
@@ -53,14 +53,14 @@ RELATIVES = [
     (
         "mofasgd",
         {"rank_fraction": 0.25},
-        {"norms": 4, "GU": 4 * N * R_, "gram": 8 * (R_**2 + (2 * R_) ** 2)},
-        {"norms": 4, "GV": 4 * M * R_, "gram": 8 * (2 * R_) ** 2},
+        {"norms": 4, "GU": 4 * N * R, "gram": 8 * (R**2 + (2 * R) ** 2)},
+        {"norms": 4, "GV": 4 * M * R, "gram": 8 * (2 * R) ** 2},
     ),
     (
         "numuon",
         {"rank_fraction": 0.25, "step_fraction": 0.125},
-        {"R": 4 * N * R_, "gram": 8 * R_**2},
-        {"P": 4 * M * R_, "gram": 8 * 2 * R_**2},
+        {"R": 4 * N * R, "gram": 8 * R**2},
+        {"P": 4 * M * R, "gram": 8 * 2 * R**2},
     ),
     ("demo", {}, {}, {}),
 ]
@@ -73,7 +73,7 @@ def test_relatives_send_what_their_formulas_say(world, name, options, rows, cols
         whole = [content.pop("whole", 0) for content in found]
         for content in found:
             assert content == {"flags": 8, **expected}, layout
-        travels = {"trasmuon": N, "demo": N, "dct-dion": R_ if layout == "fsdp" else 0}.get(name, 0)
+        travels = {"trasmuon": N, "demo": N, "dct-dion": R if layout == "fsdp" else 0}.get(name, 0)
         assert sum(whole) == 4 * M * travels
 
 
