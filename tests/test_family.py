@@ -183,8 +183,7 @@ def gradient(case, k):
     return left @ right
 
 
-@pytest.mark.parametrize("backend", ["rust", "torch"])
-@pytest.mark.parametrize("steps", [1, 20])
+@pytest.mark.parametrize(("steps", "backend"), [(1, "rust"), (20, "rust"), (20, "torch")])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ORACLES)
 def test_it_takes_the_steps_of_its_equations(name, case, steps, backend):
