@@ -75,8 +75,7 @@ class DeMoRule(Rule):
             sent = _decoded(_spread([values], [index], sides), delta.shape, sides)
             spread = _spread(list(every), list(places.view(narrow).long()), sides)
             together = _decoded(spread, delta.shape, sides)
-        states = {"momentum": delta - sent}
-        done: Outcome = yield Update(w, together.sign(), self.lr, self.weight_decay, states)
+        done: Outcome = yield Update(w, together.sign(), self.lr, self.weight_decay, {"momentum": delta - sent})
         return done
 
 
@@ -86,8 +85,7 @@ def _divisor(n: int, most: int) -> int:
 
 
 def _cosines(side: int, like: Tensor) -> Tensor:
-    every = torch.arange(side, device=like.device)
-    return basis(side, every, every).to(like.dtype)
+    return basis(side, *[torch.arange(side, device=like.device)] * 2).to(like.dtype)
 
 
 def _encoded(x: Tensor, sides: tuple[int, int]) -> Tensor:
