@@ -1,6 +1,7 @@
 """Docs are true where a machine can tell: links lead somewhere, code runs, lines are short."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -72,3 +73,15 @@ def test_the_readmes_table_has_every_optimizer_and_its_state():
         if info.name in orthdion.optim.OPTIMIZERS:
             row = next((line for line in text.splitlines() if line.startswith("|") and f"`{info.name}`" in line), "")
             assert info.state in row, (info.name, info.state)
+
+
+def test_the_table_of_relatives_is_what_was_measured():
+    losses = json.loads((ROOT / "benches/results/demo-family.json").read_text())["losses"]
+    text = (ROOT / "docs/algorithms.md").read_text().partition("## 9d.")[2]
+    for name, found in losses.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        best = min(found, key=found.get)
+        assert row.split("|")[2:4] == [f" {found[best]:.3f} ", f" {best} "]
+        for rate, loss in found.items():
+            assert rate == best or f"{loss:.3f} at {rate}" in row
+        assert found[best] < 1.686  # AdamW's, as the text says

@@ -15,9 +15,10 @@ MATCHING = [
     ("normuon", {"polar": "exact"}),
     ("rmnp", {}),
     ("sinkgd", {}),
+    ("auon", {}),
     *(
         (name, {"rank_fraction": f})
-        for name in ("orth-dion", "dion", "curvadion", "completed-dion")
+        for name in ("orth-dion", "dion", "curvadion", "completed-dion", "numuon", "mofasgd")
         for f in (0.1, 0.5, 1.0)
     ),
     *(

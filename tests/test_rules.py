@@ -23,6 +23,7 @@ FORMS = {
         right_factor=("column", "qr", "polar"), feedback=(*FEEDBACK, (0.9, 0.3)), maximize=(False, True), **CAUTIOUS
     ),
     "orth-dion": pairwise(right_factor=("column", "qr", "polar"), feedback=(*FEEDBACK, (0.9, 0.3)), **CAUTIOUS),
+    "numuon": pairwise(right_factor=("column", "qr", "polar"), feedback=(*FEEDBACK, (0.9, 0.3)), **CAUTIOUS),
     "completed-dion": pairwise(
         residual=("normalized", "linear"),
         right_factor=("column", "qr", "polar"),

@@ -76,13 +76,19 @@ LEARN_LRS = {
     "dion": 0.04,
     "dion2": 0.08,
     "dion3": 0.08,
+    "trasmuon": 0.08,
+    "numuon": 0.02,
+    "dct-dion": 0.2,
+    "mofasgd": 0.05,
+    "demo": 0.005,
+    "auon": 0.02,
     "curvadion": 0.04,
     "adamw": 0.01,
     "lion": 0.01,
     "torch.optim:AdamW": 0.01,
 }
-#: What orthogonalises nothing takes longer.
-LEARN_STEPS = {"rmnp": 300, "sinkgd": 300}
+#: What orthogonalises nothing, or in directions that it does not look for, takes longer.
+LEARN_STEPS = {"rmnp": 300, "sinkgd": 300, "auon": 300, "dct-dion": 300}
 #: Nats a byte that an optimizer must end below a run whose hidden matrices stay as they were drawn.
 MARGIN = 0.05
 

@@ -69,15 +69,22 @@ OTHERS = [
     {"optimizer": "rmnp"},
     {"optimizer": "sinkgd"},
     {"optimizer": "dion3"},
+    {"optimizer": "trasmuon"},
+    {"optimizer": "auon"},
+    {"optimizer": "dct-dion", "rank_fraction": 0.5},
+    {"optimizer": "mofasgd", "rank_fraction": 0.5},
     {"optimizer": "signed-momentum-of-tests"},
     {"optimizer": "adamw"},
     {"optimizer": "lion"},
 ]
+#: Rules that average something else than gradients over replicas.
+NUMUON = {"optimizer": "numuon", "rank_fraction": 0.3, "step_fraction": 0.15}
+DEMO = {"optimizer": "demo", "top_k": 5, "chunk": 8}
 
 
 @pytest.mark.parametrize(("size", "layout"), WORLDS)
 def test_a_sharded_step_of_any_rule_is_one_processs_step(world, size, layout):
-    for options in OTHERS:
+    for options in [*OTHERS, NUMUON, DEMO]:
         for error, same, _ in world(size).run(
             cases.layout_equals_one_process, layout, SHAPES, 4, torch.float64, options
         ):
@@ -123,6 +130,12 @@ def test_the_backends_take_the_same_sharded_step(world, size, layout, form):
         {"optimizer": "rmnp"},
         {"optimizer": "sinkgd"},
         {"optimizer": "dion3"},
+        {"optimizer": "trasmuon"},
+        {"optimizer": "auon"},
+        {"optimizer": "dct-dion", "rank_fraction": 0.5},
+        {"optimizer": "mofasgd", "rank_fraction": 0.5},
+        {"optimizer": "numuon", "rank_fraction": 0.5, "step_fraction": 0.3},
+        {"optimizer": "demo", "top_k": 5, "chunk": 8},
         {"optimizer": "signed-momentum-of-tests"},
     ],
     ids=str,
@@ -132,7 +145,10 @@ def test_stacks_convolutions_fused_blocks_and_vectors(world, size, options):
         assert max(found) < 1e-8, found
 
 
-@pytest.mark.parametrize("optimizer", ["orth-dion", "completed-dion", "muon", "signed-momentum-of-tests"])
+STRIDED = ["orth-dion", "completed-dion", "muon", "dct-dion", "mofasgd", "demo", "signed-momentum-of-tests"]
+
+
+@pytest.mark.parametrize("optimizer", STRIDED)
 @pytest.mark.parametrize("fused", [False, True])
 def test_strided_shards_of_fsdp_over_tensor_parallel(world, optimizer, fused):
     assert max(world(4).run(cases.strided_shards, {"optimizer": optimizer}, fused)) < 1e-9

@@ -43,6 +43,40 @@ def test_where_factors_would_be_larger_the_gradient_travels(world):
         assert total - content["gradient"] <= 8 * (len(SHAPES) + 2 * len(SHAPES))
 
 
+#: Bytes of a 32×24 matrix over two ranks, r = 6: name, options, those of its rows sharded, and of its columns. All send
+#: a flag besides. An all-to-all counts half of what a rank sends there and back: its part, and what it owns.
+M, N = SHAPES[0]
+RELATIVES = [
+    ("trasmuon", {}, {"energies": 8 * N, "norms": 16}, {"energies": 8 * N, "variance": 8 * M}),
+    ("auon", {}, {"norms": 24}, {"norms": 24}),
+    ("dct-dion", {"rank_fraction": 0.25}, {"norms": 4 + 8 * N}, {"norms": 4, "transform": 4 * M * N}),
+    (
+        "mofasgd",
+        {"rank_fraction": 0.25},
+        {"norms": 4, "GU": 4 * N * R, "gram": 8 * (R**2 + (2 * R) ** 2)},
+        {"norms": 4, "GV": 4 * M * R, "gram": 8 * (2 * R) ** 2},
+    ),
+    (
+        "numuon",
+        {"rank_fraction": 0.25, "step_fraction": 0.125},
+        {"R": 4 * N * R, "gram": 8 * R**2},
+        {"P": 4 * M * R, "gram": 8 * 2 * R**2},
+    ),
+    ("demo", {}, {}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "rows", "cols"), RELATIVES, ids=str)
+def test_relatives_send_what_their_formulas_say(world, name, options, rows, cols):
+    for layout, expected in (("fsdp", rows), ("columns", cols)):
+        found = world(2).run(traffic.content_of, layout, (M, N), name, options)
+        whole = [content.pop("whole", 0) for content in found]
+        for content in found:
+            assert content == {"flags": 8, **expected}, layout
+        travels = {"trasmuon": N, "demo": N, "dct-dion": R if layout == "fsdp" else 0}.get(name, 0)
+        assert sum(whole) == 4 * M * travels
+
+
 def test_bfloat16_on_the_wire_halves_the_factors(world):
     for half, whole, distance in world(2).run(traffic.rounded_on_the_wire):
         assert 2 * half == whole

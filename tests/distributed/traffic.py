@@ -50,6 +50,17 @@ def lies(layout: str | None, rank: int) -> planned.Spread:
     return planned.over(mesh(shape).mesh.shape, placements, rank)
 
 
+def content_of(layout: str, shape: tuple[int, int], name: str, options) -> dict[str, int]:
+    """What the second step of a rule sends of one matrix, by content."""
+    at, placements = LAYOUTS[layout]
+    p = torch.nn.Parameter(sharded(randn(*shape, seed=1, dtype=torch.float32), mesh(at), placements))
+    o = orthdion.create(name, [p], **options)
+    for k in range(2):
+        p.grad = sharded(gradient(shape, k, 0, 0, torch.float32), mesh(at), placements)
+        o.step()
+    return dict(o.communication().last_step.by_content)
+
+
 def rounded_on_the_wire() -> tuple[int, int, float]:
     """Bytes of factors in bfloat16 and in float32, and how far the weights are apart after a few steps."""
     results, sizes = [], []

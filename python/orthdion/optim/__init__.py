@@ -4,32 +4,44 @@ from __future__ import annotations
 
 from ..core.optimizer import MatrixOptimizer
 from .adamw import AdamW
+from .auon import AuON
 from .completed_dion import CompletedDion
 from .curvadion import CurvaDion
+from .dct_dion import DCTDion
+from .demo import DeMo
 from .dion import Dion
 from .dion2 import Dion2
 from .dion3 import Dion3
 from .lion import Lion
+from .mofasgd import MoFaSGD
 from .muon import Muon
 from .normuon import NorMuon
+from .numuon import NuMuon
 from .orth_dion import OrthDion
 from .rmnp import RMNP
 from .sinkgd import SinkGD
+from .trasmuon import TrasMuon
 
 __all__ = [
     "OPTIMIZERS",
     "RMNP",
     "AdamW",
+    "AuON",
     "CompletedDion",
     "CurvaDion",
+    "DCTDion",
+    "DeMo",
     "Dion",
     "Dion2",
     "Dion3",
     "Lion",
+    "MoFaSGD",
     "Muon",
     "NorMuon",
+    "NuMuon",
     "OrthDion",
     "SinkGD",
+    "TrasMuon",
 ]
 
 
@@ -40,11 +52,17 @@ OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
     "dion": Dion,
     "dion2": Dion2,
     "dion3": Dion3,
+    "dct-dion": DCTDion,
     "curvadion": CurvaDion,
     "muon": Muon,
     "normuon": NorMuon,
+    "trasmuon": TrasMuon,
+    "numuon": NuMuon,
+    "mofasgd": MoFaSGD,
     "rmnp": RMNP,
     "sinkgd": SinkGD,
+    "auon": AuON,
+    "demo": DeMo,
     "adamw": AdamW,
     "lion": Lion,
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from ..core.adjust import AdjustLr, adjust_lr, adjusted
 from ..core.low_rank import (
     RightFactor,
@@ -62,7 +64,7 @@ class DionRule(Rule):
         """By ``adjust_lr``; r singular values of the direction are 1, to V's orthogonality."""
         return adjusted(self.adjust_lr, fan_out, fan_in, rank)
 
-    def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> LowRank:
+    def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> LowRank | None:
         """What the core is told."""
         return self._form(self.feedback, diagnostics=diagnostics, bfloat16=bfloat16)
 
@@ -79,11 +81,12 @@ class DionRule(Rule):
         v, null, r = yield from right_factor(w, left, self.right_factor, self.epsilon)
         found = yield from figures(w, left.b, r, v, null)
         q = yield from next_q(w, left, self.right_factor, v, null)
+        taken = yield from self.taken(w, v, r)
         done: Outcome = yield LowRankUpdate(
             left.b,
             left.p,
             r,
-            v,
+            taken,
             fed=r,
             q=q,
             lr=self.lr,
@@ -95,6 +98,11 @@ class DionRule(Rule):
             figures=found,
         )
         return done
+
+    def taken(self, w: Matrix, v: Tensor, r: Tensor) -> Body[Tensor]:
+        """What weights are stepped by in place of V: all of it."""
+        yield from ()
+        return v
 
 
 class Dion(MatrixOptimizer, rule=DionRule):

@@ -20,7 +20,7 @@ from ..core.rule import Rule, States, StateSpec
 from ..numerics.newton_schulz import JORDAN
 from ..requests import Body, Extent, Matrix, NewtonSchulz, Outcome, Reduce, Update, Whole
 
-__all__ = ["Dion2", "Dion2Rule"]
+__all__ = ["Dion2", "Dion2Rule", "largest", "summed"]
 
 
 @register
@@ -78,14 +78,11 @@ class Dion2Rule(Rule):
         shape = (count, w.shape[1]) if axis == 0 else (w.shape[0], count)
         norms = m.abs().sum(1 - axis, dtype=torch.float64)
         if shards.size == 1:
-            return _largest(norms, count), replace(w, shape=shape)
+            return largest(norms, count), replace(w, shape=shape)
+        everywhere, first = yield from summed(w, norms, axis, "norms")
         assert w.extents is not None, "a sharded matrix knows where its parts lie"
         extents = w.extents()
-        first = extents[shards.index][2 * axis]
-        everywhere = norms.new_zeros(length)
-        everywhere[first : first + len(norms)] = norms
-        everywhere = yield Reduce(everywhere, shards, "norms")
-        chosen = _largest(everywhere, count)
+        chosen = largest(everywhere, count)
         places = _places(chosen, length)
         found = [_among(places, extent, axis) for extent in extents]
         start, stop = found[shards.index][2 * axis : 2 * axis + 2]
@@ -95,7 +92,21 @@ class Dion2Rule(Rule):
         return NewtonSchulz(u, JORDAN, w.precision, epsilon=self.epsilon)
 
 
-def _largest(norms: Tensor, count: int) -> Tensor:
+def summed(w: Matrix, part: Tensor, axis: int, what: str) -> Generator[Any, Any, tuple[Tensor, int]]:
+    """Of every slice of the whole matrix along ``axis`` the sum over all shards, from those of this rank's part; and
+    which is the first of these.
+    """
+    shards = w.layout.shards
+    if shards.size == 1:
+        return part, 0
+    assert w.extents is not None, "a sharded matrix knows where its parts lie"
+    first = w.extents()[shards.index][2 * axis]
+    everywhere = part.new_zeros(w.shape[axis])
+    everywhere[first : first + len(part)] = part
+    return (yield Reduce(everywhere, shards, what)), first
+
+
+def largest(norms: Tensor, count: int) -> Tensor:
     """Where the largest are, ascending; of equal ones the first."""
     return norms.sort(descending=True, stable=True).indices[:count].sort().values
 
