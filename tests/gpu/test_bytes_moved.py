@@ -2,7 +2,6 @@
 tells of.
 """
 
-import json
 import subprocess
 import sys
 
@@ -128,30 +127,10 @@ def test_four_like_matrices_are_launched_as_one_is(shim, residual):
     assert count(4) == count(1)
 
 
-def test_gpu_check_runs_from_end_to_end_and_names_what_it_did_not(shim, tmp_path, capsys):
-    from benches.gpu.__main__ import main
-
-    arguments = ["--device", "cpu", "--models", "tiny", "--fractions", "1", "--seconds", "0.01", "--out", str(tmp_path)]
-    assert main(arguments) == 0
-    result = json.loads((tmp_path / "gpu.json").read_text())
-    assert [c["holds"] for c in result["checks"]] == [True] * 5 + [None] * 2
-    assert {r["candidate"] for r in result["steps"]} >= {
-        "OrthDion qr",
-        "CompletedDion normalized",
-        "torch.optim.AdamW fused",
-    }
-    assert {k["kernel"] for k in result["kernels"]} >= {"form", "apply", "multiply", "elementwise"}
-    page = (tmp_path / "gpu.md").read_text()
-    assert "| equals plain torch | holds |" in page and "First step" in page
-    with pytest.raises(SystemExit):
-        main(["--models", "llama-9"])
-    assert "--models llama-9: known are" in capsys.readouterr().err
-
-
-def test_gpu_check_needs_no_rust_core():
+def test_steps_need_no_rust_core():
     code = (
         "import sys; sys.modules['orthdion._core'] = None\n"
-        "import benches.gpu.__main__, orthdion, torch\n"
+        "import benches.gpu.parts.steps, orthdion, torch\n"
         "p = torch.nn.Parameter(torch.randn(8, 6)); p.grad = torch.randn(8, 6)\n"
         "o = orthdion.OrthDion([p]); o.step(); print(repr(o).splitlines()[-1])"
     )
