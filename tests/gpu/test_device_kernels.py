@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 from oracles import randn, with_spectrum
 from shim import COMPILER, ShimDevice, needs_compiler
 
+from orthdion.backends.cupy import products
 from orthdion.backends.cupy.arguments import TYPES, addresses, operand, pack
+from orthdion.backends.cupy.bucket import Bucket, Lying
 from orthdion.backends.cupy.orthonormal import complete, orthonormalize, polar, quintics, triangles
 from orthdion.backends.cupy.products import SYMMETRIC, UPPER_A, UPPER_B, UPPER_C, Formed, When, multiply
 from orthdion.backends.cupy.source import text
 from orthdion.numerics import orthonormal as plain
+from orthdion.requests import Blend, Matrix
 
 pytestmark = needs_compiler
 
@@ -118,11 +121,11 @@ def test_form_and_its_sums(shape, pitch, dtypes):
     ld = parents[0][0].stride(0)
     # The launch handles the corner at (2, 3) of the parents.
     place = pack(2, 3, rows, cols, False, 0, *(TYPES[d] for d in dtypes), 0, ld, ld, kappa, 1.0, 1.0)
-    grid = (-(-cols // 128), -(-rows // 32), count)
+    grid = (-(-rows // 32), -(-cols // 128), count)
     block = torch.zeros(count, rows, cols)
     largest = torch.zeros(count, dtype=torch.int32)
-    row_sums = torch.zeros(count, rows, grid[0], dtype=torch.float64)
-    column_sums = torch.zeros(count, grid[1], cols, dtype=torch.float64)
+    row_sums = torch.zeros(count, rows, grid[1], dtype=torch.float64)
+    column_sums = torch.zeros(count, grid[0], cols, dtype=torch.float64)
     lists = (addresses(parents[0]), addresses(parents[1]))
     ShimDevice(seed=5).launch("form", grid, 256, *lists, place, block, 0, largest, row_sums, column_sums)
     for k in range(count):
@@ -146,12 +149,70 @@ def test_form_and_its_sums(shape, pitch, dtypes):
         (1e-44, 0, 0, 2.0**126),
     ],
 )
-def test_the_largest_entry_decides(entry, skipped, lost, size):
+@pytest.mark.parametrize("spread", [1.0, 1e10])
+def test_the_largest_entry_decides(entry, skipped, lost, size, spread):
     largest, sizes = torch.tensor([entry], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     flags = torch.full((2, 1), 7, dtype=torch.int32)
-    ShimDevice().launch("decide", (1,), 64, largest, sizes, flags[0], flags[1], 1e12, 1)
+    ShimDevice().launch("decide", (1,), 64, largest, sizes, flags[0], flags[1], 1e12, spread, 1)
     assert flags.flatten().tolist() == [skipped, lost]
     assert float(sizes) == size
+
+
+def test_a_norm_beyond_single_precision_is_lost():
+    largest, sizes = torch.tensor([1e36, 1e36], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for spread, expected in ((300.0, 0), (400.0, 1)):
+        flags = torch.full((2, 2), 7, dtype=torch.int32)
+        ShimDevice().launch("decide", (1,), 64, largest, sizes, flags[0], flags[1], 1e12, spread, 2)
+        assert flags.flatten().tolist() == [expected] * 4
+
+
+def test_a_product_takes_any_number_of_rows_of_blocks():
+    a, b = batch(2, 400, 70, seed=1), batch(2, 70, 150, seed=2)
+    found = []
+    for rows in (1, 3, 65535):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(products, "_ROWS", rows)
+            for shape in (0, SYMMETRIC):
+                left, right = (a, b) if not shape else (operand(a).T, operand(a))
+                out = torch.zeros(2, 400, 150) if not shape else torch.zeros(2, 70, 70)
+                sizes = (400, 150, 70) if not shape else (70, 70, 400)
+                multiply(ShimDevice(seed=rows), out, left, right, shape=shape, sizes=sizes)
+                found.append(out)
+    assert all(torch.equal(found[i], found[i % 2]) for i in range(6))
+    assert torch.allclose(found[0], a @ b, atol=1e-4)
+
+
+def test_a_launch_that_flags_decide_on_is_small_and_whole():
+    device, a, b = ShimDevice(seed=3), batch(3, 1500, 10, seed=1), batch(3, 10, 90, seed=2)
+    flags, out = torch.tensor([0, 1, 0], dtype=torch.int32), torch.zeros(3, 1500, 90)
+    device.logging = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_GATED", 24)
+        multiply(device, out, a, b, when=When(flags, 1))
+    assert device.log[0][1] == (2, 4, 3)  # of 24 rows of tiles
+    assert torch.allclose(out[1], a[1] @ b[1], atol=1e-4) and not out[0].any() and not out[2].any()
+
+
+def test_a_sum_is_taken_alike_in_every_batch():
+    a = batch(3, 1100, 20)
+    out, alone = torch.zeros(3, 20, 20, dtype=torch.float64), torch.zeros(1, 20, 20, dtype=torch.float64)
+    for part, result in ((a, out), (a[2:], alone)):
+        multiply(ShimDevice(seed=1), result, operand(part).T, operand(part), shape=SYMMETRIC, sizes=(20, 20, 1100))
+    assert torch.equal(out[2], alone[0])
+
+
+def test_matrices_of_more_rows_than_a_grid_has_blocks_in_y_go_along_x():
+    tall = torch.zeros(1).expand(2_200_000, 8)
+    for m, turned in ((tall, False), (tall.T, True)):
+        w = Matrix(m, m, {"momentum": m}, tuple(m.shape), tuple(m.shape))
+        # Expanded tensors stand for memory nobody needs here: only how they are cut is asked.
+        at = Lying(turned, tall, tall, tall, None)
+        bucket = Bucket([Blend(w, "momentum", 1.0, 1.0, formed=at)])
+        for slab in bucket.slabs(10**9):
+            x, y, z = bucket.grid(slab)
+            assert x * 32 >= 2_200_000 and max(y, z) <= 65535
+    with pytest.raises(ValueError, match="no more than 65535 blocks in y and z"):
+        ShimDevice().launch("keep", (1, 65536), 256, *[None] * 8)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -165,7 +226,7 @@ def test_formats_round_as_torch_does(dtype):
 
     def formed(m, out):
         """M + 0·G as ``form`` reads and writes it."""
-        g, grid = torch.zeros(1, n), (-(-n // 128), 1, 1)
+        g, grid = torch.zeros(1, n), (1, -(-n // 128), 1)
         place = pack(0, 0, 1, n, False, 0, TYPES[m.dtype], 0, n, n, n, 1.0, 0.0, 1.0)
         lists = (addresses([m]), addresses([g]))
         ShimDevice().launch("form", grid, 256, *lists, place, out, TYPES[out.dtype], None, None, None)

@@ -269,6 +269,67 @@ def test_ill_conditioned_momenta_take_the_second_pass_and_stay_orthonormal(shim,
         assert (after["cupy"] - after["torch"]).norm() < 2e-2 * after["torch"].norm()
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_no_bit(shim, default):
+    """Of matrices and vectors: thresholds, scratch, counters and rates have formats of their own."""
+
+    def go():
+        params = [parameter(randn(70, 40, seed=1)), parameter(randn(20, 60, seed=2)), parameter(randn(99, seed=3))]
+        groups = [{"params": params[:2]}, {"params": params[2:], "algorithm": "adamw"}]
+        o = optimizer(groups, residual="normalized", lr=0.02, backend="cupy", compute_dtype="tf32")
+        for k in range(3):
+            for i, p in enumerate(params):
+                p.grad = randn(*p.shape, seed=10 * k + i)
+            if k:
+                params[0].grad[:, :3] = 0.0  # null directions to fill
+            o.step()
+        return [*params, *(o.state[p][key] for p in params for key in o.state[p])]
+
+    expected = go()
+    torch.set_default_dtype(default)
+    try:
+        found = go()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", [None, "bfloat16", "tf32", "float32"])
+def test_large_products_go_to_the_tensor_cores_where_they_may(shim, dtype, asked):
+    seen = set()
+
+    def watched(out, a, b, add=False, tf32=False):
+        seen.add((a.dtype, b.dtype, tf32))
+        ShimDevice.multiply(shim, out, a, b, add, tf32)
+
+    shim.multiply = watched
+    for residual in RESIDUALS:
+        run("cupy", [(24, 16)], 1, dtype=dtype, residual=residual, momentum_dtype=torch.float32, compute_dtype=asked)
+    rounding = asked or ("float32" if dtype == torch.float32 else "tf32")
+    kind = torch.bfloat16 if rounding == "bfloat16" else torch.float32
+    assert seen == {(kind, kind, rounding == "tf32")}
+
+
+def test_the_step_of_long_matrices_does_not_depend_on_the_batch(shim):
+    shapes = [(1040, 16)] * 4
+    many = run("cupy", shapes, 1, rank_fraction=0.5)[1]
+    one = run("cupy", shapes[:1], 1, rank_fraction=0.5)[1]
+    assert torch.equal(many[0], one[0])
+
+
+def test_a_gradient_whose_norm_is_beyond_single_precision_is_skipped_as_in_plain_torch(shim):
+    for size, skipped in ((2e36, False), (6e36, True)):  # of 90·40 entries
+        for backend in ("cupy", "torch"):
+            p = parameter(torch.zeros(90, 40))
+            o = orthdion.OrthDion([p], backend=backend)
+            p.grad = torch.full((90, 40), size)
+            o.step()
+            assert (sum(o.skipped_steps.values()) == 1) is skipped, (backend, size)
+            assert bool(p.detach().any()) is not skipped
+
+
 def test_the_order_of_threads_changes_no_bit(shim):
     def weights(seed):
         shim.seed = seed

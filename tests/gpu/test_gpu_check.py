@@ -144,7 +144,7 @@ FINDINGS = {
     "microsoft-dion2": {"not run": 1},
     "torch-muon": {"step": 1},
     "ceilings": {"rates": 1, "product": 8},
-    "factors": {"factor": 12},
+    "factors": {"factor": 8},
     "dram": {"rehearsed": 1, "not run": 1},
     "spectra": {"step": 6},
     "forms": {"step": 9},

@@ -40,6 +40,7 @@ from ..requests import (
     Request,
     ResidualMatrix,
     ResidualSums,
+    Rounding,
     Settle,
     Sketch,
     Triangle,
@@ -57,6 +58,7 @@ class TorchBackend:
 
     name = "torch"
     deferred = False
+    unasked: Mapping[torch.dtype, Rounding] = {}
     fused: Mapping[type[Form], Fused] = {}
     _METHODS: ClassVar[dict[type[Request], str]] = {
         Average: "average",

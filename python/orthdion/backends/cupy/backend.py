@@ -7,6 +7,7 @@ columns of a right factor whose rows lie on several ranks, and diagnostics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, cast
@@ -31,6 +32,7 @@ from ...requests import (
     Report,
     Request,
     ResidualSums,
+    Rounding,
     Settle,
     Sketch,
     Triangle,
@@ -60,18 +62,21 @@ class CupyBackend(TorchBackend):
 
     name = "cupy"
     deferred = True
+    #: What float32 units take is eight times what the tensor cores do; sixteen bits have fewer digits than TF32 anyway.
+    unasked: Mapping[torch.dtype, Rounding] = {torch.bfloat16: "tf32", torch.float16: "tf32"}
     fused: Mapping[type[Form], Fused] = {Elementwise: cast(Any, elementwise)}
 
     def key(self, request: Request) -> Hashable:
         """All that a launch has in common."""
+        whole = request.b.w.shape if isinstance(request, Settle) else None
         if not isinstance(request, _OF_BLENDS) or not request.b.w.x.numel():
-            return request.key()
+            return request.key(), whole
         b = request.b
         key = (type(request), lying(b).key, b.size if isinstance(b.size, float) else None)
         if isinstance(request, LowRankUpdate):
             return *key, *_written(request)
         if isinstance(request, (Sketch, Settle)):
-            return *key, request.q.shape, request.q.dtype
+            return *key, request.q.shape, request.q.dtype, whole
         return *key, None if isinstance(request, EnergiesOf) else request.p.shape
 
     def answer(self, requests: list[Any]) -> list[Any]:
@@ -165,8 +170,9 @@ class CupyBackend(TorchBackend):
         largest, first = batch([q.largest for q in qs]), qs[0].b.w
         sizes, count = torch.empty_like(largest), len(qs)
         skip, lost = (torch.empty(count, dtype=torch.int32, device=largest.device) for _ in range(2))
-        grid = (-(-count // 64),)
-        device_for(largest.device).launch("decide", grid, 64, largest, sizes, skip, lost, first.precision.safe, count)
+        grid, spread = (-(-count // 64),), math.sqrt(math.prod(first.shape))
+        decided = (largest, sizes, skip, lost, first.precision.safe, spread, count)
+        device_for(largest.device).launch("decide", grid, 64, *decided)
         flags = zip(sizes.unbind(0), skip.bool().unbind(0), lost.unbind(0), strict=True)
         blends = []
         for q, (size, skipped, gone) in zip(qs, flags, strict=True):

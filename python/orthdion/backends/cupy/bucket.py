@@ -154,10 +154,10 @@ class Bucket:
         return pack(*corner, self.turned, *formats, *(_pitch(ts[0]) for ts in lists), *self.blend)
 
     def grid(self, s: Slab) -> tuple[int, int, int]:
-        """Of the kernels that pass over a slab."""
+        """Of the kernels that pass over a slab: tiles of rows as they lie, of columns, and matrices."""
         n, m = self.shape[1], s.last - s.first
         rows, cols = (n, m) if self.turned else (m, n)
-        return -(-cols // _TILE_COLS), -(-rows // _TILE_ROWS), s.count
+        return -(-rows // _TILE_ROWS), -(-cols // _TILE_COLS), s.count
 
     def block(self, s: Slab, dtype: torch.dtype) -> Tensor:
         """Room for a slab's entries, as they lie."""

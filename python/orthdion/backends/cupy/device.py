@@ -21,6 +21,10 @@ from .source import FILES, OPTIONS, kernels, text
 
 __all__ = ["Device", "device_for", "register", "unavailable"]
 
+#: Blocks of a grid in y and in z; in x there may be 2³¹ − 1.
+_GRID_LIMIT = 65535
+#: What the probe compiles: the smallest module, by the way that the kernels take.
+_PROBE = 'extern "C" __global__ void probe(float* x) { *x = 1.0f; }'
 _REGISTERED: dict[torch.device, Device] = {}
 
 
@@ -42,6 +46,8 @@ class Device(ABC):
         convert = _converters(kernel)
         if len(arguments) != len(convert):
             raise TypeError(f"kernel {kernel} takes {len(convert)} arguments, {len(arguments)} were given")
+        if any(n > _GRID_LIMIT for n in grid[1:]):
+            raise ValueError(f"kernel {kernel}: CUDA takes no more than {_GRID_LIMIT} blocks in y and z, not {grid}")
         if 0 not in grid:
             self._launch(kernel, grid, threads, [f(a) for f, a in zip(convert, arguments, strict=True)])
 
@@ -190,4 +196,9 @@ def _cupy_error(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"the CuPy kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    try:
+        with cupy.cuda.Device(index):
+            cupy.RawModule(code=_PROBE, options=OPTIONS).get_function("probe")
+    except Exception as e:  # NVRTC or CUDA's headers are missing, or of another version: CuPy has many words for it
+        return f"CuPy cannot compile here ({type(e).__name__}: {e}); pip install 'cupy-cuda{major}x[ctk]'"
     return None

@@ -122,7 +122,7 @@ class Passes:
         raw, scaled = self.new(m, dtype=torch.float64), self.new(m, dtype=torch.float64)
         for s in b.slabs(self._entries):
             captured, grid, rows = self._captured(s, left, right), b.grid(s), s.last - s.first
-            shape = (s.count, grid[1], rows) if b.turned else (s.count, rows, grid[0])
+            shape = (s.count, grid[0], rows) if b.turned else (s.count, rows, grid[1])
             parts = [captured.new_empty(shape, dtype=torch.float64) for _ in range(2)]
             own = (captured, self.sizes[s.matrices], columns[s.matrices], n)
             self.device.launch("residual_rows", grid, 256, *b.lists(s, "m", "g"), b.place(s), *own, *parts)
@@ -195,8 +195,8 @@ class Passes:
         if energies is not None:
             cut = s.last - s.first
             height, width = (b.shape[1], cut) if b.turned else (cut, b.shape[1])
-            rows = torch.empty(s.count, height, grid[0], dtype=torch.float64, device=self.where)
-            columns = torch.empty(s.count, grid[1], width, dtype=torch.float64, device=self.where)
+            rows = torch.empty(s.count, height, grid[1], dtype=torch.float64, device=self.where)
+            columns = torch.empty(s.count, grid[0], width, dtype=torch.float64, device=self.where)
         top = None if largest is None else largest[s.matrices]
         operands = (*b.lists(s, "m", "g"), b.place(s), block, TYPES[self._format], top)
         self.device.launch("form", grid, 256, *operands, rows, columns)
