@@ -39,14 +39,14 @@ class Finding:
 
 def randn(*shape: int, seed: int) -> Tensor:
     """The same numbers on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def _signal(shape: tuple[int, int], seed: int, noise: Tensor) -> Tensor:
     m, n = shape
     r = max(1, min(m, n) // 8)
     u, v = (torch.linalg.qr(randn(k, r, seed=seed + k))[0] for k in (m, n))
-    return (u * torch.linspace(3, 1, r)) @ v.T + 0.02 * noise
+    return (u * torch.linspace(3, 1, r, dtype=torch.float32)) @ v.T + 0.02 * noise
 
 
 def _run(
@@ -114,8 +114,8 @@ def orthonormal_within_thirty_roundoffs(device: torch.device, shapes: list[tuple
             u, w = (torch.linalg.qr(randn(k, r, seed=k).double())[0] for k in (m, r))
             a = ((u * torch.logspace(0, -decay, r)) @ w.T).float().to(device)[None].contiguous()
             with there.active():
-                f = orthonormalize(there, a, U)
-                factors = [f.v, polar(there, f)] if decay < 5 else [f.v]
+                f = orthonormalize(there, [a], U)
+                factors = [*f.v, *polar(there, f)] if decay < 5 else [*f.v]
             for v in factors:
                 wide = v[0].double()
                 ratio = float((wide.T @ wide - torch.eye(r, dtype=torch.float64, device=device)).norm()) / (r**0.5 * U)
@@ -181,15 +181,15 @@ def captured_and_replayed(device: torch.device, shapes: list[tuple[int, int]]) -
 
 
 def several_panels_equal_plain_torch(device: torch.device, shapes: list[tuple[int, int]]) -> str:
-    """With a cache so small that every matrix is cut into panels."""
+    """With so little room that every matrix is cut into panels."""
     there, worst = device_for(device), 0.0
-    kept, there.l2_bytes = there.l2_bytes, 1 << 16
+    kept, there.panel_bytes = there.panel_bytes, 1 << 16
     try:
         for residual in (None, "normalized"):
             pair = [_run(device, b, shapes, torch.float32, 2, residual=residual) for b in ("cupy", "torch")]
             worst = max(worst, _distance(*pair))
     finally:
-        there.l2_bytes = kept
+        there.panel_bytes = kept
     return _within(worst, 1e-4)
 
 

@@ -9,7 +9,7 @@ from orthdion.backends.cupy.source import FILES, OPTIONS, kernels, text
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="torch brought no NVRTC: its CUDA builds do")
 
-_SLOW = (pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100"))
+_SLOW = (pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100", "sm_120"))
 ARCHITECTURES = ("sm_90", *_SLOW)
 #: Bytes of spill stores, and of loads, that a kernel may have.
 SPILLS = 8

@@ -67,11 +67,11 @@ def factors(context: Context) -> None:
 
             def qr(a: torch.Tensor = a) -> Any:
                 with there.active():
-                    return orthonormalize(there, a, 2.0**-18)
+                    return orthonormalize(there, [a], 2.0**-18)
 
             def both(a: torch.Tensor = a) -> Any:
                 with there.active():
-                    return polar(there, orthonormalize(there, a, 2.0**-18))
+                    return polar(there, orthonormalize(there, [a], 2.0**-18))
 
             for name, work in (("qr", qr), ("qr and polar", both)):
                 timing = context.clock.time(work, context.seconds / 2)

@@ -37,6 +37,8 @@ class Backend(Protocol):
     fused: Mapping[type[Form], Fused]
     #: What products of weights of a format are rounded to where nobody has said anything (``compute_dtype=None``).
     unasked: Mapping[torch.dtype, Rounding]
+    #: Bytes of matrices that are best stepped together where none lies on several ranks; 0: it makes no difference.
+    together: int
     #: Whether steps read learning rates on the device (``Matrix.rates``) and leave flags there.
     deferred: bool
 

@@ -58,6 +58,7 @@ class TorchBackend:
 
     name = "torch"
     deferred = False
+    together = 0
     unasked: Mapping[torch.dtype, Rounding] = {}
     fused: Mapping[type[Form], Fused] = {}
     _METHODS: ClassVar[dict[type[Request], str]] = {

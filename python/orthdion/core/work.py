@@ -66,7 +66,10 @@ class Work:
         if self.bodies:
             bodies: list[Body[Outcome]] = [rule.step(w) for _, w, rule in self.bodies]
             runtime = Runtime(comm, self.backend)
-            outcomes = runtime.run(bodies, [w.offset for _, w, _ in self.bodies])
+            # Where nothing travels, buckets need no other one that computes meanwhile.
+            alone = all(w.layout.whole.size == 1 for _, w, _ in self.bodies)
+            together = self.backend.together if alone else 0
+            outcomes = runtime.run(bodies, [w.offset for _, w, _ in self.bodies], together)
             kept = [(p, o) for (p, _, _), o in zip(self.bodies, outcomes, strict=True) if not _idle(o)]
             done.append(([p for p, _ in kept], [o for _, o in kept]))
             torch.autograd.graph.increment_version([w.x for _, w, _ in self.bodies])

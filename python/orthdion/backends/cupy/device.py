@@ -31,8 +31,10 @@ _REGISTERED: dict[torch.device, Device] = {}
 class Device(ABC):
     """What the backend's host code needs of a device."""
 
-    #: Bytes of the second-level cache, by which panels are sized.
-    l2_bytes: int
+    #: What panels of B, and of products with P, may take; what fits is multiplied as a whole.
+    panel_bytes: int
+    #: What is kept of B at the moment, from B Q to Bᵀ P; as much again as panels at most.
+    kept_bytes: int = 0
     #: What the factors of matrices that are stepped together may take.
     factor_bytes: int
 
@@ -102,8 +104,7 @@ class CupyDevice(Device):
         self._device = cupy.cuda.Device(index)
         self._products = Products(torch.device("cuda", index))
         properties = torch.cuda.get_device_properties(index)
-        self.l2_bytes = int(properties.L2_cache_size)
-        self.factor_bytes = int(properties.total_memory) // 32
+        self.panel_bytes = self.factor_bytes = int(properties.total_memory) // 32
         self._functions: dict[str, Any] = {}
 
     @contextmanager

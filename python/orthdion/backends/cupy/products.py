@@ -16,6 +16,8 @@ __all__ = ["SYMMETRIC", "UPPER_A", "UPPER_B", "UPPER_C", "Formed", "When", "mult
 #: Shapes that make parts of a product superfluous, as ``multiply.cu`` numbers them.
 SYMMETRIC, UPPER_A, UPPER_B, UPPER_C = 1, 2, 4, 8
 _TILE = 64
+#: Blocks of a product, about, that fill a large device.
+_BLOCKS = 256
 #: Blocks of a launch that flags decide on, about: two for each multiprocessor of a large device. What is rarely due
 #: must cost little when it is not.
 _GATED = 256
@@ -83,7 +85,7 @@ def multiply(
     plain = not beta and not delta and alpha == 1.0 and not shape & (UPPER_A | UPPER_B) and pairs == 1
     if plain and when.other is None and c.tensor[0].is_contiguous():
         # Enough blocks for a large device; the same on every device and in every batch, as all must sum in one order.
-        splits = max(1, min(256 // tiles, k // 512, 64))
+        splits = max(1, min(_BLOCKS // tiles, k // 512, 64))
     target, other = c, when.other
     if splits > 1:
         parts = torch.empty(splits * count, m, n, dtype=torch.float64, device=c.tensor.device)
@@ -109,7 +111,7 @@ def multiply(
         when.elsewhere if other is not None else 0,
     )
     across, down, deep = -(-n // _TILE), -(-m // _TILE), count * pairs * splits
-    most = _ROWS if when.flags is None else max(1, _GATED // (across * deep))
+    most = _ROWS if not when.mask else max(1, _GATED // (across * deep))
     grid = (across, min(down, most), deep)
     if isinstance(a, Formed):
         row_m, col_m = a.m[0].stride()
