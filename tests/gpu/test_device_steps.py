@@ -100,6 +100,7 @@ FORMATS = pairwise(
 def test_formats_of_weights_and_states(shim, formats):
     dtype, states = formats["dtype"], formats["states"]
     options = {"momentum_dtype": states, "q_dtype": states, "residual": formats["residual"], "rank_fraction": 0.5}
+    options["compute_dtype"] = "float32"  # which is not what 16-bit weights take by themselves
     ours, theirs = (run(b, [(70, 40), (40, 72)], 2, dtype=dtype, **options) for b in ("cupy", "torch"))
     # A weight or state that lies between two of its format's numbers may be rounded to either.
     low = dtype != torch.float32 or states == torch.bfloat16
@@ -310,6 +311,39 @@ def test_large_products_go_to_the_tensor_cores_where_they_may(shim, dtype, asked
     rounding = asked or ("float32" if dtype == torch.float32 else "tf32")
     kind = torch.bfloat16 if rounding == "bfloat16" else torch.float32
     assert seen == {(kind, kind, rounding == "tf32")}
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "dion2", "dion3"])
+def test_full_rank_rules_equal_plain_torch_and_multiply_on_the_tensor_cores(shim, name):
+    """One iteration for all matrices of a shape, its products asked of cuBLAS in the format that may be rounded to."""
+    seen = []
+
+    def watched(out, a, b, add=False, tf32=False):
+        seen.append((a.dtype, b.dtype, tf32, len(out)))
+        ShimDevice.multiply(shim, out, a, b, add, tf32)
+
+    def go(backend, compute, count):
+        params = [parameter(randn(40, 24, seed=i)) for i in range(count)] + [parameter(randn(24, 60, seed=9))]
+        o = orthdion.create(name, params, lr=0.02, backend=backend, compute_dtype=compute)
+        for k in range(2):
+            for i, p in enumerate(params):
+                p.grad = randn(*p.shape, seed=10 * k + i)
+            seen.clear()
+            o.step()
+        return o, params
+
+    shim.multiply = watched
+    for compute, bound in ((None, 1e-5), ("tf32", 2e-2), ("bfloat16", 1e-1)):
+        ours, theirs = (go(backend, compute, 3) for backend in ("cupy", "torch"))
+        assert distance(ours, theirs) < bound
+        products = []
+        for count in (3, 1):
+            go("cupy", compute, count)
+            products.append(len(seen))
+            kind = torch.bfloat16 if compute == "bfloat16" else torch.float32
+            assert {s[:3] for s in seen} == {(kind, kind, compute == "tf32")}
+            assert max(s[3] for s in seen) == count
+        assert products[0] == products[1] == 2 * 15
 
 
 def test_a_gradient_whose_norm_is_beyond_single_precision_is_skipped_as_in_plain_torch(shim):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ...numerics import orthonormal as plain
+from ...numerics.newton_schulz import newton_schulz
 from ...requests import (
     Blend,
     Columns,
@@ -27,7 +29,9 @@ from ...requests import (
     LowRankUpdate,
     Map,
     MatMul,
+    NewtonSchulz,
     Outcome,
+    Precision,
     Product,
     Report,
     Request,
@@ -111,6 +115,23 @@ class CupyBackend(TorchBackend):
     def matmul_of_many(self, qs: list[MatMul]) -> list[Tensor]:
         """``A B``, as one batched product."""
         return list(self._matmul(batch([q.a for q in qs]), batch([q.b for q in qs]), qs[0].precision).unbind(0))
+
+    def newton_schulz_of_many(self, qs: list[NewtonSchulz]) -> list[Tensor]:
+        """One batched iteration."""
+        q, product = qs[0], partial(self._matmul, precision=qs[0].precision)
+        return list(newton_schulz(batch([p.tensor for p in qs]), q.coefficients, q.divisor, q.epsilon, product))
+
+    def _matmul(self, a: Tensor, b: Tensor, precision: Precision) -> Tensor:
+        """Single precision by cuBLAS, on the tensor cores where operands may be rounded."""
+        if a.dtype != torch.float32 or 0 in (*a.shape, *b.shape):
+            return super()._matmul(a, b, precision)
+        if a.ndim == 2:
+            return self._matmul(a[None], b[None], precision)[0]
+        kind = torch.bfloat16 if precision.rounding == "bfloat16" else torch.float32
+        left, right = (_one_side_dense(t.to(kind)) for t in (a, b))
+        out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32, device=a.device)
+        device_for(a.device).multiply(out, left, right, tf32=precision.rounding == "tf32")
+        return out
 
     def gram_of_many(self, qs: list[Gram]) -> list[Tensor]:
         """``AᵀA``"""
@@ -260,6 +281,12 @@ def _outcome(q: LowRankUpdate, nulls: Tensor) -> Outcome:
 
 def _passes(qs: list[Any]) -> Passes:
     return Passes(device_for(qs[0].b.w.x.device), [q.b for q in qs])
+
+
+def _one_side_dense(t: Tensor) -> Tensor:
+    """A batch as cuBLAS takes it."""
+    dense = any(t.stride(axis) == 1 or t.shape[axis] == 1 for axis in (1, 2))
+    return t if dense and t.stride(0) > 0 else t.contiguous()
 
 
 def _flags(flags: list[Tensor | None], where: torch.device) -> Tensor:
