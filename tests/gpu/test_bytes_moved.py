@@ -132,6 +132,8 @@ def test_no_more_than_the_room_there_is_is_allocated(shim, monkeypatch):
 
 @pytest.mark.parametrize("residual", PASSES)
 def test_four_like_matrices_are_launched_as_one_is(shim, residual):
+    shim.panel_bytes = 1 << 16
+
     def count(number):
         params = [parameter(randn(40, 24, seed=i)) for i in range(number)]
         options = {"backend": "cupy", "rank_fraction": 0.25, "right_factor": "polar"}

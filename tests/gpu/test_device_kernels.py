@@ -367,6 +367,22 @@ def test_completions_equal_plain_torchs(r, case):
     assert (q - expected).norm() < 1e-5
 
 
+def test_what_filling_null_columns_costs_goes_by_their_number():
+    """Loads of few columns among many: of H, E and the factor only what the null ones have."""
+    r, n, loaded = 130, 270, []
+    old, v = (factored(batch(1, n, r, seed=s)).v[0] for s in (1, 2))
+    for count in (2, 8):
+        null = torch.zeros(1, r, dtype=torch.int32)
+        null[0, 3 : 3 + 9 * count : 9] = 1
+        v[0, :, null[0].bool()] = 0.0
+        device = ShimDevice(seed=3)
+        device.logging = True
+        q = complete(device, v, null, old, torch.ones(1, dtype=torch.int32))[0].double()
+        assert (q.T @ q - torch.eye(r).double()).norm() <= 30 * r**0.5 * U
+        loaded += [counted[0] for kernel, _, _, counted in device.log if kernel == "complete"]
+    assert max(loaded) < 8 * r * r, loaded  # less than one pass over H; one for each column it was
+
+
 def test_small_triangles_over_several_tiles_are_inverses():
     for r in (64, 65, 128, 129, 192, 200, 257):
         a = batch(1, 2 * r, r, dtype=torch.float64)
