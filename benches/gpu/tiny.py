@@ -24,7 +24,8 @@ def steps(context: Context) -> None:
     """Two steps for each right factor and residual."""
     device = context.device
     for right_factor, residual in (("qr", None), ("column", "linear"), ("polar", "normalized")):
-        params = [nn.Parameter(torch.randn(s, device=device)) for s in ((150, 70), (150, 70), (1, 5), (20, 131))]
+        shapes = ((40, 20), (40, 20), (1, 5)) if context.dry else ((150, 70), (150, 70), (1, 5), (20, 131))
+        params = [nn.Parameter(torch.randn(s, device=device)) for s in shapes]
         vector = nn.Parameter(torch.randn(4099, device=device))
         groups = [{"params": params}, {"params": [vector], "algorithm": "adamw"}]
         name, extra = ("orth-dion", {}) if residual is None else ("completed-dion", {"residual": residual})

@@ -45,8 +45,6 @@ def _microsoft(context: Context, kind: str, **keywords: Any) -> None:
     for limit in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit"):
         if hasattr(dynamo, limit):
             setattr(dynamo, limit, 4096)
-    if context.dry:
-        dynamo.disable = True
     try:
         made = getattr(importlib.import_module("dion"), kind)
     except (ImportError, AttributeError) as e:

@@ -228,7 +228,7 @@ class CupyBackend(TorchBackend):
     def product_of_many(self, qs: list[Product]) -> list[Tensor]:
         """``Bᵀ P``"""
         known = [at.kept for q in qs if (at := lying(q.b)).kept is not None]
-        formed = batch([block for block, _ in known]) if len(known) == len(qs) else None  # type: ignore[misc]
+        formed = batch([block for block, _ in known]) if len(known) == len(qs) else None
         for q in qs:
             lying(q.b).kept = None
         return list(_passes(qs).product(batch([q.p for q in qs]), formed).unbind(0))
