@@ -174,9 +174,6 @@ SAME = ("racecheck", "synccheck")
 
 @pytest.mark.parametrize("part", [p for p in PLACES if p not in SAME])
 def test_every_parts_work_runs_in_miniature(shim, tmp_path, peer, monkeypatch, part):
-    import torch._dynamo.config as dynamo
-
-    monkeypatch.setattr(dynamo, "recompile_limit", dynamo.recompile_limit)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "python"))
     monkeypatch.chdir(ROOT)
     record = Record(tmp_path / "lines.jsonl")
@@ -188,7 +185,10 @@ def test_every_parts_work_runs_in_miniature(shim, tmp_path, peer, monkeypatch, p
     for kind, least in FINDINGS[part].items():
         assert len(rows(lines, kind)) >= least, (kind, lines)
     if part == "microsoft-dion":
+        import torch._dynamo.config as dynamo
+
         assert dynamo.recompile_limit == 4096
+        dynamo.recompile_limit = 8  # torch's own
 
 
 def test_a_part_runs_as_a_process_and_its_page_is_written(tmp_path):
