@@ -3,10 +3,12 @@
 import pytest
 import torch
 from benches.gpu.cases import MODELS
+from oracles import parameter, randn
 
 import orthdion
 from orthdion.backends import choose
 from orthdion.backends.cupy.device import Device, register
+from orthdion.core import runtime
 
 
 class Counting(Device):
@@ -60,6 +62,23 @@ BARS = {"orth-dion": 300, "dion": 300, "completed-dion": 400}
 def test_four_layers_of_llama_3_8b_take_few_launches(counting, name):
     assert launched(counting, 4, name) <= BARS[name]
     assert counting.kept_bytes == 0
+
+
+@pytest.mark.parametrize(("name", "together"), [("orth-dion", 4), ("muon", 1)])
+def test_rules_without_factors_hold_little_at_a_time(shim, monkeypatch, name, together):
+    """Muon's bodies hold matrices: as few of them run side by side as where something travels."""
+    sizes, real = [], runtime._Bucket.__init__
+
+    def watched(self, owner, bodies, results):
+        sizes.append(len(bodies))
+        real(self, owner, bodies, results)
+
+    params = [parameter(randn(20, 12, seed=i), randn(20, 12, seed=9)) for i in range(4)]
+    o = orthdion.create(name, params, lr=0.01, backend="cupy")
+    monkeypatch.setattr(runtime, "BUCKET_BYTES", 900)
+    monkeypatch.setattr(runtime._Bucket, "__init__", watched)
+    o.step()
+    assert sizes[-1] == together
 
 
 def test_launches_do_not_grow_with_the_layers_that_are_stepped_together(counting):
