@@ -43,8 +43,8 @@ class Model:
 
     def shrunk(self) -> Model:
         """For rehearsals: the same weights in miniature, two layers at most."""
-        layer = tuple(tuple(max(4, k // 128) for k in s) for s in self.layer)
-        return replace(self, name=f"{self.name} in miniature", layer=layer, layers=min(self.layers, 2))
+        layer = tuple(tuple(max(4, k // 256) for k in s) for s in self.layer)
+        return replace(self, name=f"{self.name} in miniature", layer=layer, layers=1)
 
 
 def _llama(d: int, kv: int, ffn: int) -> tuple[tuple[int, int], ...]:

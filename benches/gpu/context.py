@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ class Context:
         part: its name.
         device: where steps run: CUDA, or the processor through the shim of the tests.
         record: where findings go.
-        end: when somebody ends this process, by the monotonic clock.
         seconds: for which one timing is repeated.
         peers: a checkout of microsoft/dion.
     """
@@ -34,7 +32,6 @@ class Context:
     part: str
     device: torch.device
     record: Record
-    end: float
     seconds: float = 0.4
     peers: Path | None = None
 
@@ -49,9 +46,9 @@ class Context:
         return Clock(self.device)
 
     @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.end - time.monotonic()
+    def least(self) -> int:
+        """How often a timing is repeated at least."""
+        return 1 if self.dry else 3
 
     def found(self, kind: str, **figures: Any) -> None:
         """A finding, kept from here on whatever comes."""
@@ -68,7 +65,6 @@ def run(
     record: Record,
     *,
     seconds: float,
-    limit: float,
     dry: bool,
     peers: Path | None,
 ) -> None:
@@ -88,4 +84,4 @@ def run(
     device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        work_of(name)(Context(name, device, record, time.monotonic() + limit, seconds, peers))
+        work_of(name)(Context(name, device, record, seconds, peers))

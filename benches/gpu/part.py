@@ -57,5 +57,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     # Where a part hangs is the finding then: its stack is what the log ends with.
     faulthandler.dump_traceback_later(max(given.limit - 1.0, 0.5))
-    options = {"seconds": given.seconds, "limit": given.limit, "dry": given.dry, "peers": given.microsoft_dion}
+    options = {"seconds": given.seconds, "dry": given.dry, "peers": given.microsoft_dion}
     run(given.name, work_of, Record(given.record), **options)

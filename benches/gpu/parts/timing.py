@@ -47,7 +47,7 @@ def steps(
         if not context.dry:
             torch.cuda.reset_peak_memory_stats(device)
             kept = torch.cuda.memory_allocated(device)
-        timing = clock.time(o.step, context.seconds)
+        timing = clock.time(o.step, context.seconds, context.least)
         peak = 0 if context.dry else torch.cuda.max_memory_allocated(device) - kept
         launches = _launches(device, o.step) if candidate.compute is not None else None
         figures = {**asdict(timing), "scratch_mib": peak / 2**20, "launches": launches}
