@@ -43,10 +43,10 @@ soak: $(VENV)/built
 bench-rust:
 	cargo bench --manifest-path benches/micro/Cargo.toml
 
-# On a machine with a GPU: needs $(PYTHON) with torch and cupy, neither Rust nor a virtual environment;
-# gives itself 7.5 minutes.
+# On a machine with a GPU: needs $(PYTHON) with torch and cupy, neither Rust nor a virtual environment; 8 minutes.
+# GPU_CHECK="--parts machine,llama-3-8b --microsoft-dion ../dion", or "--dry" to rehearse without a device.
 gpu-check:
-	PYTHONPATH=python $(PYTHON) -m benches.gpu
+	PYTHONPATH=python $(PYTHON) -m benches.gpu $(GPU_CHECK)
 
 # A wheel and an sdist in dist/, audited. On Linux zig links against glibc 2.17's symbols, so that every distribution of
 # the last ten years can load it; elsewhere the wheel is for this system.

@@ -20,7 +20,7 @@ FLOORS = [
     {"linalg"},
     {"core"},
     {"optim"},
-    {"grouping", "functional", "diagnostics"},
+    {"captured", "grouping", "functional", "diagnostics"},
     {"create"},
     {"doctor", "integrations", "plan", "selftest", "train"},
     {"cli", "__init__"},

@@ -1,4 +1,4 @@
-"""Kernels against their roofline: a step's launches one by one, by what they say they move."""
+"""A step's launches one by one: what each takes, and what it says it moves."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import orthdion
 from orthdion.backends.cupy.device import Device, device_for
 from orthdion.backends.cupy.traffic import declared
 
-from .cases import Model
+from .cases import Model, parameters
 from .clock import Clock
 
-__all__ = ["kernels"]
+__all__ = ["of_kernels"]
 
 
 class _Watch:
@@ -53,23 +53,21 @@ class _Watch:
         del self._device.launch
 
 
-def kernels(clock: Clock, model: Model, copy: float, compute: str) -> list[dict[str, Any]]:
-    """Milliseconds a step of each kernel (each launch waited for), its declared bytes over them, and the share of the
-    copy rate. Loads of ``multiply`` come mostly from the cache.
+def of_kernels(clock: Clock, model: Model, compute: str) -> list[dict[str, Any]]:
+    """Milliseconds a step of each kernel, its launches, and its declared bytes over them in 10⁹ a second. Loads of
+    ``multiply`` come mostly from the cache.
     """
-    params = [nn.Parameter(torch.randn(s, device=clock.device, dtype=torch.bfloat16)) for s in model.layer]
-    vector = nn.Parameter(torch.randn(1 << 14, device=clock.device, dtype=torch.bfloat16))
+    params = parameters(model.shapes, clock.device)
+    vector = nn.Parameter(torch.randn(1 << 14, device=clock.device).to(torch.bfloat16))
+    vector.grad = torch.randn_like(vector)
     groups = [{"params": params}, {"params": [vector], "algorithm": "adamw"}]
     shared = {"momentum_dtype": torch.float32, "q_dtype": torch.float32, "compute_dtype": compute}
     o = orthdion.CompletedDion(groups, rank_fraction=0.125, backend="cupy", **shared)  # type: ignore[arg-type]
-    for p in (*params, vector):
-        p.grad = torch.randn_like(p)
     o.step()
     with _Watch(device_for(clock.device), clock) as watch:
         o.step()
     rows = []
     for kernel, launches in sorted(watch.times.items(), key=lambda kv: -sum(t for t, _ in kv[1])):
         ms, moved = (sum(x) for x in zip(*launches, strict=True))
-        rate = moved / ms / 1e6
-        rows.append({"kernel": kernel, "launches": len(launches), "ms": ms, "rate": rate, "share": rate / copy})
+        rows.append({"kernel": kernel, "launches": len(launches), "ms": ms, "rate": moved / ms / 1e6})
     return rows

@@ -4,7 +4,8 @@ wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import orthdion
 from orthdion.backends.cupy.device import device_for
 from orthdion.backends.cupy.orthonormal import orthonormalize, polar
 
-__all__ = ["CHECKS", "Finding", "verify"]
+__all__ = ["ASYNCHRONOUS", "CORRECT", "Check", "Finding", "verify"]
 
 U = 2.0**-24
 _NOT_RUN = "not run: no CUDA device"
@@ -38,14 +39,14 @@ class Finding:
 
 def randn(*shape: int, seed: int) -> Tensor:
     """The same numbers on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def _signal(shape: tuple[int, int], seed: int, noise: Tensor) -> Tensor:
     m, n = shape
     r = max(1, min(m, n) // 8)
     u, v = (torch.linalg.qr(randn(k, r, seed=seed + k))[0] for k in (m, n))
-    return (u * torch.linspace(3, 1, r)) @ v.T + 0.02 * noise
+    return (u * torch.linspace(3, 1, r, dtype=torch.float32)) @ v.T + 0.02 * noise
 
 
 def _run(
@@ -113,8 +114,8 @@ def orthonormal_within_thirty_roundoffs(device: torch.device, shapes: list[tuple
             u, w = (torch.linalg.qr(randn(k, r, seed=k).double())[0] for k in (m, r))
             a = ((u * torch.logspace(0, -decay, r)) @ w.T).float().to(device)[None].contiguous()
             with there.active():
-                f = orthonormalize(there, a, U)
-                factors = [f.v, polar(there, f)] if decay < 5 else [f.v]
+                f = orthonormalize(there, [a], U)
+                factors = [*f.v, *polar(there, f)] if decay < 5 else [*f.v]
             for v in factors:
                 wide = v[0].double()
                 ratio = float((wide.T @ wide - torch.eye(r, dtype=torch.float64, device=device)).norm()) / (r**0.5 * U)
@@ -179,27 +180,131 @@ def captured_and_replayed(device: torch.device, shapes: list[tuple[int, int]]) -
     return _within(_distance((captured, params), (plain, others)), 1e-6)
 
 
-CHECKS: tuple[Callable[[torch.device, list[tuple[int, int]]], str], ...] = (
+def several_panels_equal_plain_torch(device: torch.device, shapes: list[tuple[int, int]]) -> str:
+    """With so little room that every matrix is cut into panels."""
+    there, worst = device_for(device), 0.0
+    kept, there.panel_bytes = there.panel_bytes, 1 << 16
+    try:
+        for residual in (None, "normalized"):
+            pair = [_run(device, b, shapes, torch.float32, 2, residual=residual) for b in ("cupy", "torch")]
+            worst = max(worst, _distance(*pair))
+    finally:
+        there.panel_bytes = kept
+    return _within(worst, 1e-4)
+
+
+def alone_and_among_others_the_same_bits(device: torch.device, shapes: list[tuple[int, int]]) -> str:
+    """A matrix's step does not depend on what is stepped beside it."""
+    many = [s for s in shapes for _ in range(3)]
+    _, together = _run(device, "cupy", many, torch.float32, 2, residual="normalized")
+    for i in range(0, len(many), 2):
+        others = [(5, 3)] * i  # seeds go by position
+        _, alone = _run(device, "cupy", [*others, many[i]], torch.float32, 2, residual="normalized")
+        assert torch.equal(alone[i], together[i]), f"matrix {i} of {many[i]} differs"
+    return "equal"
+
+
+def null_directions_leave_an_orthonormal_start(device: torch.device, shapes: list[tuple[int, int]]) -> str:
+    """Gradients of rank 2: the step stays in their spaces, and Q is orthonormal after it."""
+    worst = 0.0
+    for m, n in shapes:
+        u, v = (torch.linalg.qr(randn(k, 2, seed=k))[0] for k in (m, n))
+        p = nn.Parameter(torch.zeros(m, n, device=device))
+        o = orthdion.OrthDion([p], lr=1.0, weight_decay=0.0, rank_fraction=0.25, backend="cupy")
+        for _ in range(3):
+            p.grad = ((u * torch.tensor([2.0, 1.0])) @ v.T).to(device)
+            o.step()
+        x, q = p.detach().double().cpu(), o.state[p]["Q"].double()
+        outside = float((x - u.double() @ (u.double().T @ x @ v.double()) @ v.double().T).norm() / x.norm())
+        eye = torch.eye(q.shape[1], dtype=torch.float64, device=device)
+        worst = max(worst, outside / 0.01, float((q.T @ q - eye).norm()) / 1e-5)
+    return _within(worst, 1.0, "of what is allowed")
+
+
+def gradients_of_every_size_take_the_same_step(device: torch.device, shapes: list[tuple[int, int]]) -> str:
+    """From 1e-36 to 1e30, by power-of-two scaling on the device."""
+
+    def after(factor: float) -> list[Tensor]:
+        params = [nn.Parameter(torch.zeros(s, device=device)) for s in shapes]
+        o = orthdion.CompletedDion(params, lr=0.02, backend="cupy")
+        for k in range(2):
+            for i, p in enumerate(params):
+                p.grad = (randn(*p.shape, seed=10 * k + i) * factor).to(device)
+            o.step()
+        return [p.detach().double() for p in params]
+
+    one, worst = after(1.0), 0.0
+    for factor in (1e-36, 1e-12, 1e12, 1e30):
+        for x, y in zip(after(factor), one, strict=True):
+            worst = max(worst, float((x - y).norm() / y.norm()))
+    return _within(worst, 1e-4)
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def the_default_dtype_changes_no_bit(device: torch.device, shapes: list[tuple[int, int]]) -> str:
+    """Steps under torch.set_default_dtype of anything."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        with _default(dtype):
+            o, params = _run(device, "cupy", shapes, torch.float32, 2, residual="normalized")
+            found.append([*params, *(o.state[p][k] for p in params for k in o.state[p])])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)), "bits differ"
+    return "equal"
+
+
+def two_streams_do_not_meet(device: torch.device, shapes: list[tuple[int, int]]) -> str:
+    """Two optimizers stepped at once on two streams end where they would have alone."""
+    if device.type != "cuda":
+        return _NOT_RUN
+    (a, p), (b, q) = (_run(device, "cupy", shapes, torch.float32, 2) for _ in range(2))
+    (c, r), _ = (_run(device, "cupy", shapes, torch.float32, 2) for _ in range(2))
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    torch.cuda.synchronize(device)
+    for _ in range(5):
+        for o, stream in ((a, streams[0]), (b, streams[1])):
+            with torch.cuda.stream(stream):
+                o.step()
+    torch.cuda.synchronize(device)
+    for _ in range(5):
+        c.step()
+    torch.cuda.synchronize(device)
+    for params in (p, q):
+        assert all(torch.equal(x, y) for x, y in zip(params, r, strict=True)), "bits differ from one stream's"
+    return "equal"
+
+
+Check = Callable[[torch.device, list[tuple[int, int]]], str]
+CORRECT: tuple[Check, ...] = (
     equals_plain_torch,
     half_weights_equal_plain_torch,
     orthonormal_within_thirty_roundoffs,
+    several_panels_equal_plain_torch,
+    alone_and_among_others_the_same_bits,
+    null_directions_leave_an_orthonormal_start,
+    gradients_of_every_size_take_the_same_step,
+    the_default_dtype_changes_no_bit,
     a_nan_skips_its_matrix_only,
     repeats_bit_exactly,
-    waits_for_nothing,
-    captured_and_replayed,
 )
+ASYNCHRONOUS: tuple[Check, ...] = (waits_for_nothing, captured_and_replayed, two_streams_do_not_meet)
 
 
-def verify(device: torch.device, shapes: list[tuple[int, int]]) -> Iterator[Finding]:
-    """Runs every check; one that fails does not stop the others."""
-    import warnings
-
-    for check in CHECKS:
+def verify(checks: Sequence[Check], device: torch.device, shapes: list[tuple[int, int]]) -> Iterator[Finding]:
+    """Runs checks; one that fails does not stop the others."""
+    for check in checks:
         name = check.__name__.replace("_", " ")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                found = check(device, shapes)
+            found = check(device, shapes)
             yield Finding(name, None if found == _NOT_RUN else True, found)
         except Exception as e:
             yield Finding(name, False, f"{type(e).__name__}: {e}")

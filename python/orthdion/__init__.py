@@ -1,6 +1,7 @@
 """orthdion: Orth-Dion and its family, spectral optimizers for PyTorch with a Rust core."""
 
 from . import diagnostics, functional, integrations, linalg, requests
+from .captured import capture
 from .core.optimizer import MatrixOptimizer
 from .core.registry import register
 from .core.rule import Rule, StateSpec
@@ -56,6 +57,7 @@ __all__ = [
     "SinkGD",
     "StateSpec",
     "TrasMuon",
+    "capture",
     "create",
     "decouple",
     "diagnostics",

@@ -113,7 +113,7 @@ def step(
     scale = made.scale(x.shape[0], x.shape[1], next(ranks, made.rank(*x.shape)))
     w = Matrix(seen, grad, views, tuple(seen.shape), tuple(x.shape), scale)  # type: ignore[arg-type]
     w.cautious = made.cautious_weight_decay
-    w.precision = Precision.of(x.dtype, compute_dtype)  # type: ignore[arg-type]
+    w.precision = Precision.of(x.dtype, compute_dtype or there.unasked.get(x.dtype))  # type: ignore[arg-type]
     form = made.fused(bfloat16=compute_dtype == "bfloat16")
     if form is not None and type(form) in there.fused and not there.deferred:
         return there.fused[type(form)]([w], [form], {})[0]

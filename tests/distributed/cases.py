@@ -435,7 +435,7 @@ def through_the_shim() -> Any:
     sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
     from shim import ShimDevice, serving
 
-    return serving(ShimDevice(l2_bytes=1 << 12, seed=dist.get_rank()))
+    return serving(ShimDevice(panel_bytes=1 << 12, seed=dist.get_rank()))
 
 
 def on_the_device(case: str, *args: Any) -> Any:

@@ -18,7 +18,7 @@ from orthdion.backends.cupy import register  # noqa: E402
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    register(torch.device("cpu"), ShimDevice(l2_bytes=1 << 14, sanitize=True, seed=1))
+    register(torch.device("cpu"), ShimDevice(panel_bytes=1 << 14, sanitize=True, seed=1))
     everything = [(residual, kind) for residual in (None, "linear", "normalized") for kind in ("qr", "column", "polar")]
     for residual, right_factor in everything[-1:] if "one" in sys.argv else everything:
         params = [parameter(randn(*s, seed=i)) for i, s in enumerate([(70, 33), (1, 5), (20, 131)])]

@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 from oracles import randn, with_spectrum
 from shim import COMPILER, ShimDevice, needs_compiler
 
+from orthdion.backends.cupy import products
 from orthdion.backends.cupy.arguments import TYPES, addresses, operand, pack
+from orthdion.backends.cupy.bucket import Bucket, Lying
 from orthdion.backends.cupy.orthonormal import complete, orthonormalize, polar, quintics, triangles
 from orthdion.backends.cupy.products import SYMMETRIC, UPPER_A, UPPER_B, UPPER_C, Formed, When, multiply
 from orthdion.backends.cupy.source import text
 from orthdion.numerics import orthonormal as plain
+from orthdion.requests import Blend, Matrix
 
 pytestmark = needs_compiler
 
@@ -118,11 +121,11 @@ def test_form_and_its_sums(shape, pitch, dtypes):
     ld = parents[0][0].stride(0)
     # The launch handles the corner at (2, 3) of the parents.
     place = pack(2, 3, rows, cols, False, 0, *(TYPES[d] for d in dtypes), 0, ld, ld, kappa, 1.0, 1.0)
-    grid = (-(-cols // 128), -(-rows // 32), count)
+    grid = (-(-rows // 32), -(-cols // 128), count)
     block = torch.zeros(count, rows, cols)
     largest = torch.zeros(count, dtype=torch.int32)
-    row_sums = torch.zeros(count, rows, grid[0], dtype=torch.float64)
-    column_sums = torch.zeros(count, grid[1], cols, dtype=torch.float64)
+    row_sums = torch.zeros(count, rows, grid[1], dtype=torch.float64)
+    column_sums = torch.zeros(count, grid[0], cols, dtype=torch.float64)
     lists = (addresses(parents[0]), addresses(parents[1]))
     ShimDevice(seed=5).launch("form", grid, 256, *lists, place, block, 0, largest, row_sums, column_sums)
     for k in range(count):
@@ -146,12 +149,71 @@ def test_form_and_its_sums(shape, pitch, dtypes):
         (1e-44, 0, 0, 2.0**126),
     ],
 )
-def test_the_largest_entry_decides(entry, skipped, lost, size):
+@pytest.mark.parametrize("spread", [1.0, 1e10])
+def test_the_largest_entry_decides(entry, skipped, lost, size, spread):
     largest, sizes = torch.tensor([entry], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     flags = torch.full((2, 1), 7, dtype=torch.int32)
-    ShimDevice().launch("decide", (1,), 64, largest, sizes, flags[0], flags[1], 1e12, 1)
+    ShimDevice().launch("decide", (1,), 64, largest, sizes, flags[0], flags[1], 1e12, spread, 1)
     assert flags.flatten().tolist() == [skipped, lost]
     assert float(sizes) == size
+
+
+def test_a_norm_beyond_single_precision_is_lost():
+    largest, sizes = torch.tensor([1e36, 1e36], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for spread, expected in ((300.0, 0), (400.0, 1)):
+        flags = torch.full((2, 2), 7, dtype=torch.int32)
+        ShimDevice().launch("decide", (1,), 64, largest, sizes, flags[0], flags[1], 1e12, spread, 2)
+        assert flags.flatten().tolist() == [expected] * 4
+
+
+def test_a_product_takes_any_number_of_rows_of_blocks():
+    a, b = batch(2, 400, 70, seed=1), batch(2, 70, 150, seed=2)
+    found = []
+    for rows in (1, 3, 65535):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(products, "_ROWS", rows)
+            for shape in (0, SYMMETRIC):
+                left, right = (a, b) if not shape else (operand(a).T, operand(a))
+                out = torch.zeros(2, 400, 150) if not shape else torch.zeros(2, 70, 70)
+                sizes = (400, 150, 70) if not shape else (70, 70, 400)
+                multiply(ShimDevice(seed=rows), out, left, right, shape=shape, sizes=sizes)
+                found.append(out)
+    assert all(torch.equal(found[i], found[i % 2]) for i in range(6))
+    assert torch.allclose(found[0], a @ b, atol=1e-4)
+
+
+def test_a_launch_that_flags_decide_on_is_small_and_whole():
+    device, a, b = ShimDevice(seed=3), batch(3, 1500, 10, seed=1), batch(3, 10, 90, seed=2)
+    flags, out = torch.tensor([0, 1, 0], dtype=torch.int32), torch.zeros(3, 1500, 90)
+    device.logging = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_GATED", 24)
+        multiply(device, out, a, b, when=When(flags, 1))
+    assert device.log[0][1] == (2, 4, 3)  # of 24 rows of tiles
+    assert torch.allclose(out[1], a[1] @ b[1], atol=1e-4) and not out[0].any() and not out[2].any()
+
+
+def test_a_sum_is_taken_alike_in_every_batch(monkeypatch):
+    a = batch(3, 1100, 20)
+    out, alone = torch.zeros(3, 20, 20, dtype=torch.float64), torch.zeros(1, 20, 20, dtype=torch.float64)
+    monkeypatch.setattr(products, "_BLOCKS", 2)  # as many as are wanted: three matrices have them without any parts
+    for part, result in ((a, out), (a[2:], alone)):
+        multiply(ShimDevice(seed=1), result, operand(part).T, operand(part), shape=SYMMETRIC, sizes=(20, 20, 1100))
+    assert torch.equal(out[2], alone[0])
+
+
+def test_matrices_of_more_rows_than_a_grid_has_blocks_in_y_go_along_x():
+    tall = torch.zeros(1).expand(2_200_000, 8)
+    for m, turned in ((tall, False), (tall.T, True)):
+        w = Matrix(m, m, {"momentum": m}, tuple(m.shape), tuple(m.shape))
+        # Expanded tensors stand for memory nobody needs here: only how they are cut is asked.
+        at = Lying(turned, tall, tall, tall, None)
+        bucket = Bucket([Blend(w, "momentum", 1.0, 1.0, formed=at)])
+        for slab in bucket.slabs(10**9):
+            x, y, z = bucket.grid(slab)
+            assert x * 32 >= 2_200_000 and max(y, z) <= 65535
+    with pytest.raises(ValueError, match="no more than 65535 blocks in y and z"):
+        ShimDevice().launch("keep", (1, 65536), 256, *[None] * 8)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -165,7 +227,7 @@ def test_formats_round_as_torch_does(dtype):
 
     def formed(m, out):
         """M + 0·G as ``form`` reads and writes it."""
-        g, grid = torch.zeros(1, n), (-(-n // 128), 1, 1)
+        g, grid = torch.zeros(1, n), (1, -(-n // 128), 1)
         place = pack(0, 0, 1, n, False, 0, TYPES[m.dtype], 0, n, n, n, 1.0, 0.0, 1.0)
         lists = (addresses([m]), addresses([g]))
         ShimDevice().launch("form", grid, 256, *lists, place, out, TYPES[out.dtype], None, None, None)
@@ -179,7 +241,7 @@ def test_formats_round_as_torch_does(dtype):
 
 
 def factored(a, tol=U, seed=1):
-    return orthonormalize(ShimDevice(seed=seed), a, tol)
+    return orthonormalize(ShimDevice(seed=seed), [a], tol)
 
 
 DECAYS = (0.0, 2.0, 4.0, 5.0)
@@ -192,16 +254,16 @@ def test_factors_keep_lapacks_ratios(shape, decay):
     a = torch.stack([with_spectrum(n, r, torch.logspace(0, -decay, r), seed=s).float() for s in (1, 2)])
     device = ShimDevice(seed=1)
     device.logging = True
-    f = orthonormalize(device, a, U)
+    f = orthonormalize(device, [a], U)
     bound = 30 * r**0.5 * U
     eye = torch.eye(r).double()
     for k in range(2):
-        v, t, wide = f.v[k].double(), f.t[k].triu(), a[k].double()
+        v, t, wide = f.v[0][k].double(), f.t[k].triu(), a[k].double()
         assert (v.T @ v - eye).norm() <= bound
         assert (wide - v @ t).norm() <= bound * wide.norm()
         assert bool((t.diagonal() > 0).all())
     assert not f.null.any()
-    (again,) = [arguments[-2] for kernel, _, arguments, _ in device.log if kernel == "finish" and not arguments[-1]]
+    (again,) = [arguments[-3] for kernel, _, arguments, _ in device.log if kernel == "finish"]
     if r > 1 and not 2.0 <= decay <= 4.0:
         assert again.tolist() == [int(decay > 3.0)] * 2
 
@@ -210,7 +272,7 @@ def test_factors_keep_lapacks_ratios(shape, decay):
 def test_columns_of_any_scale_are_factored(r):
     a = batch(1, 120, r) * torch.logspace(-18, 15, r)
     f = factored(a, tol=0.0)
-    v = f.v[0].double()
+    v = f.v[0][0].double()
     assert (v.T @ v - torch.eye(r).double()).norm() <= 30 * r**0.5 * U
 
 
@@ -226,10 +288,29 @@ def test_null_directions_are_left_out(r, seed):
     expected_v, expected = plain.orthonormalize(a[0].double(), 64 * U)
     assert f.null[0].bool().tolist() == expected.tolist()
     assert int(f.null.sum()) == 3
-    assert (f.v[0].double() - expected_v).norm() < 1e-5
-    assert not f.v[0, :, [1, 3, r - 1]].any()
+    assert (f.v[0][0].double() - expected_v).norm() < 1e-5
+    assert not f.v[0][0, :, [1, 3, r - 1]].any()
     nothing = factored(torch.zeros(1, n, r), tol=64 * U)
-    assert not nothing.v.any() and bool(nothing.null.all())
+    assert not nothing.v[0].any() and bool(nothing.null.all())
+
+
+@pytest.mark.parametrize("r", [5, 70])
+def test_matrices_of_one_r_and_any_height_share_a_chain_and_get_the_same_bits(r):
+    batches = [batch(count, n, r, seed=n) for count, n in ((2, 2 * r), (1, r), (1, 130))]
+    batches[0][1] @= torch.diag(torch.logspace(0, -5, r))  # of which one takes the second pass
+    counts = []
+    for some in (batches, batches[:1]):
+        device = ShimDevice(seed=1)
+        device.logging = True
+        orthonormalize(device, some, U)
+        counts.append(len([1 for kernel, *_ in device.log if kernel not in ("multiply", "collect")]))
+    assert counts[0] == counts[1]
+    together = orthonormalize(ShimDevice(seed=2), batches, U)
+    turned = polar(ShimDevice(seed=2), together)
+    for k, (a, t) in enumerate(zip(batches, together.of_each(together.t), strict=True)):
+        alone = orthonormalize(ShimDevice(seed=3), [a], U)
+        assert torch.equal(together.v[k], alone.v[0]) and torch.equal(t.triu(), alone.t.triu())
+        assert torch.equal(turned[k], polar(ShimDevice(seed=4), alone)[0])
 
 
 POLARS = [*product([(30, 1), (60, 20)], DECAYS[:3]), ((150, 70), 0.0), ((150, 70), 2.0), ((200, 130), 4.0)]
@@ -240,7 +321,7 @@ def test_polar_factors(shape, decay):
     n, r = shape
     a = with_spectrum(n, r, torch.logspace(0, -decay, r), seed=3).float()[None]
     f = factored(a, tol=64 * U)
-    v = polar(ShimDevice(seed=2), f)[0].double()
+    v = polar(ShimDevice(seed=2), f)[0][0].double()
     u, s, wt = torch.linalg.svd(a[0].double(), full_matrices=False)
     assert (v.T @ v - torch.eye(r).double()).norm() <= 30 * r**0.5 * U
     assert (v - u @ wt).norm() <= 30 * r**0.5 * U * float(s[0] / s[-1])
@@ -251,7 +332,7 @@ def test_polar_factors_leave_null_directions_out():
     a = batch(1, 60, 8)
     a[0, :, 5] = a[0, :, 1] + a[0, :, 2]
     f = factored(a, tol=64 * U)
-    v = polar(ShimDevice(), f)[0].double()
+    v = polar(ShimDevice(), f)[0][0].double()
     expected, _ = plain.polar(a[0].double(), 64 * U)
     assert (v - expected).norm() < 1e-5
 
@@ -270,7 +351,7 @@ def test_quintics_lift_every_singular_value_to_one():
 @pytest.mark.parametrize("case", ["own columns", "in the span", "all but one"])
 def test_completions_equal_plain_torchs(r, case):
     n = 2 * r + 7
-    old, v = (factored(batch(1, n, r, seed=s)).v for s in (1, 2))
+    old, v = (factored(batch(1, n, r, seed=s)).v[0] for s in (1, 2))
     null = torch.zeros(1, r, dtype=torch.int32)
     if case == "all but one":
         null[0, 1:] = 1
@@ -284,6 +365,22 @@ def test_completions_equal_plain_torchs(r, case):
     assert (q.T @ q - torch.eye(r).double()).norm() <= 30 * r**0.5 * U
     expected = plain.complete(v[0], null[0].bool(), old[0])
     assert (q - expected).norm() < 1e-5
+
+
+def test_what_filling_null_columns_costs_goes_by_their_number():
+    """Loads of few columns among many: of H, E and the factor only what the null ones have."""
+    r, n, loaded = 130, 270, []
+    old, v = (factored(batch(1, n, r, seed=s)).v[0] for s in (1, 2))
+    for count in (2, 8):
+        null = torch.zeros(1, r, dtype=torch.int32)
+        null[0, 3 : 3 + 9 * count : 9] = 1
+        v[0, :, null[0].bool()] = 0.0
+        device = ShimDevice(seed=3)
+        device.logging = True
+        q = complete(device, v, null, old, torch.ones(1, dtype=torch.int32))[0].double()
+        assert (q.T @ q - torch.eye(r).double()).norm() <= 30 * r**0.5 * U
+        loaded += [counted[0] for kernel, _, _, counted in device.log if kernel == "complete"]
+    assert max(loaded) < 8 * r * r, loaded  # less than one pass over H; one for each column it was
 
 
 def test_small_triangles_over_several_tiles_are_inverses():
@@ -347,7 +444,7 @@ def test_a_missing_barrier_in_the_cholesky_tile_shows():
 
 def test_threads_that_skip_a_barrier_are_reported():
     def change(source):
-        before = "  top = block_max(top, slots);\n  "
+        before = "put(norms + k * NORMS + threadIdx.x, (u64)0);\n  "
         assert before + "__syncthreads();" in source
         return source.replace(before + "__syncthreads();", before + "if (threadIdx.x) __syncthreads();", 1)
 

@@ -84,7 +84,7 @@ def test_every_option_equals_plain_torch(shim, options):
 )
 def test_shapes_and_ranks(m, n, fraction, residual, right_factor, maximize, cache, seed):
     options = {"rank_fraction": fraction, "residual": residual, "right_factor": right_factor, "maximize": maximize}
-    with serving(ShimDevice(l2_bytes=cache, seed=seed)):
+    with serving(ShimDevice(panel_bytes=cache, seed=seed)):
         ours, theirs = (run(b, [(m, n)], 2, **options) for b in ("cupy", "torch"))
     assert distance(ours, theirs) < 1e-4
 
@@ -100,6 +100,7 @@ FORMATS = pairwise(
 def test_formats_of_weights_and_states(shim, formats):
     dtype, states = formats["dtype"], formats["states"]
     options = {"momentum_dtype": states, "q_dtype": states, "residual": formats["residual"], "rank_fraction": 0.5}
+    options["compute_dtype"] = "float32"  # which is not what 16-bit weights take by themselves
     ours, theirs = (run(b, [(70, 40), (40, 72)], 2, dtype=dtype, **options) for b in ("cupy", "torch"))
     # A weight or state that lies between two of its format's numbers may be rounded to either.
     low = dtype != torch.float32 or states == torch.bfloat16
@@ -267,6 +268,93 @@ def test_ill_conditioned_momenta_take_the_second_pass_and_stay_orthonormal(shim,
             assert torch.linalg.matrix_norm(after[backend], 2) < 1 + 1e-5
     if decay <= 5.0:  # beyond, some directions are rounding noise of B Q, another in each backend
         assert (after["cupy"] - after["torch"]).norm() < 2e-2 * after["torch"].norm()
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_no_bit(shim, default):
+    """Of matrices and vectors: thresholds, scratch, counters and rates have formats of their own."""
+
+    def go():
+        params = [parameter(randn(70, 40, seed=1)), parameter(randn(20, 60, seed=2)), parameter(randn(99, seed=3))]
+        groups = [{"params": params[:2]}, {"params": params[2:], "algorithm": "adamw"}]
+        o = optimizer(groups, residual="normalized", lr=0.02, backend="cupy", compute_dtype="tf32")
+        for k in range(3):
+            for i, p in enumerate(params):
+                p.grad = randn(*p.shape, seed=10 * k + i)
+            if k:
+                params[0].grad[:, :3] = 0.0  # null directions to fill
+            o.step()
+        return [*params, *(o.state[p][key] for p in params for key in o.state[p])]
+
+    expected = go()
+    torch.set_default_dtype(default)
+    try:
+        found = go()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", [None, "bfloat16", "tf32", "float32"])
+def test_large_products_go_to_the_tensor_cores_where_they_may(shim, dtype, asked):
+    seen = set()
+
+    def watched(out, a, b, add=False, tf32=False):
+        seen.add((a.dtype, b.dtype, tf32))
+        ShimDevice.multiply(shim, out, a, b, add, tf32)
+
+    shim.multiply = watched
+    for residual in RESIDUALS:
+        run("cupy", [(24, 16)], 1, dtype=dtype, residual=residual, momentum_dtype=torch.float32, compute_dtype=asked)
+    rounding = asked or ("float32" if dtype == torch.float32 else "tf32")
+    kind = torch.bfloat16 if rounding == "bfloat16" else torch.float32
+    assert seen == {(kind, kind, rounding == "tf32")}
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "dion2", "dion3"])
+def test_full_rank_rules_equal_plain_torch_and_multiply_on_the_tensor_cores(shim, name):
+    """One iteration for all matrices of a shape, its products asked of cuBLAS in the format that may be rounded to."""
+    seen = []
+
+    def watched(out, a, b, add=False, tf32=False):
+        seen.append((a.dtype, b.dtype, tf32, len(out)))
+        ShimDevice.multiply(shim, out, a, b, add, tf32)
+
+    def go(backend, compute, count):
+        params = [parameter(randn(40, 24, seed=i)) for i in range(count)] + [parameter(randn(24, 60, seed=9))]
+        o = orthdion.create(name, params, lr=0.02, backend=backend, compute_dtype=compute)
+        for k in range(2):
+            for i, p in enumerate(params):
+                p.grad = randn(*p.shape, seed=10 * k + i)
+            seen.clear()
+            o.step()
+        return o, params
+
+    shim.multiply = watched
+    for compute, bound in ((None, 1e-5), ("tf32", 2e-2), ("bfloat16", 1e-1)):
+        ours, theirs = (go(backend, compute, 3) for backend in ("cupy", "torch"))
+        assert distance(ours, theirs) < bound
+        products = []
+        for count in (3, 1):
+            go("cupy", compute, count)
+            products.append(len(seen))
+            kind = torch.bfloat16 if compute == "bfloat16" else torch.float32
+            assert {s[:3] for s in seen} == {(kind, kind, compute == "tf32")}
+            assert max(s[3] for s in seen) == count
+        assert products[0] == products[1] == 2 * 15
+
+
+def test_a_gradient_whose_norm_is_beyond_single_precision_is_skipped_as_in_plain_torch(shim):
+    for size, skipped in ((2e36, False), (6e36, True)):  # of 90·40 entries
+        for backend in ("cupy", "torch"):
+            p = parameter(torch.zeros(90, 40))
+            o = orthdion.OrthDion([p], backend=backend)
+            p.grad = torch.full((90, 40), size)
+            o.step()
+            assert (sum(o.skipped_steps.values()) == 1) is skipped, (backend, size)
+            assert bool(p.detach().any()) is not skipped
 
 
 def test_the_order_of_threads_changes_no_bit(shim):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..requests import Form, Matrix, Outcome, Request
+from ..requests import Form, Matrix, Outcome, Request, Rounding
 
 __all__ = ["Backend", "Entry", "Fused", "choose", "entries", "get", "register"]
 
@@ -35,6 +35,10 @@ class Backend(Protocol):
 
     name: str
     fused: Mapping[type[Form], Fused]
+    #: What products of weights of a format are rounded to where nobody has said anything (``compute_dtype=None``).
+    unasked: Mapping[torch.dtype, Rounding]
+    #: Bytes of matrices that are best stepped together where none lies on several ranks; 0: it makes no difference.
+    together: int
     #: Whether steps read learning rates on the device (``Matrix.rates``) and leave flags there.
     deferred: bool
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +41,7 @@ from ..requests import (
     Request,
     ResidualMatrix,
     ResidualSums,
+    Rounding,
     Settle,
     Sketch,
     Squares,
@@ -58,6 +60,8 @@ class TorchBackend:
 
     name = "torch"
     deferred = False
+    together = 0
+    unasked: Mapping[torch.dtype, Rounding] = {}
     fused: Mapping[type[Form], Fused] = {}
     _METHODS: ClassVar[dict[type[Request], str]] = {
         Average: "average",
@@ -132,7 +136,7 @@ class TorchBackend:
     def newton_schulz_of_many(self, qs: list[NewtonSchulz]) -> list[Tensor]:
         """One batched iteration; on a CPU one by one, so that the bits do not depend on the batch."""
         q = qs[0]
-        options = (q.coefficients, q.divisor, q.epsilon, q.precision.rounding)
+        options = (q.coefficients, q.divisor, q.epsilon, partial(self._matmul, precision=q.precision))
         if q.tensor.device.type == "cpu":
             return [ns.newton_schulz(p.tensor, *options) for p in qs]
         return list(ns.newton_schulz(torch.stack([p.tensor for p in qs]), *options).unbind(0))

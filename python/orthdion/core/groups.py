@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class Groups(SavedOptimizer):
         self._given = {name: checks[name].check(name, value) for name, value in given.items()}
         self._seed = int(common.seed)
         self._formats = states.Formats(common.momentum_dtype, common.q_dtype)
-        self._rounding = cast(Literal["bfloat16", "tf32"] | None, common.rounding)
+        self._rounding = common.rounding
         self._backend, self._diagnose = common.backend, bool(common.diagnostics)
         self._start_afresh(common.reduce_dtype)
 

@@ -178,7 +178,7 @@ class MatrixOptimizer(Members):
                 part.add(made, form, p)
                 continue
             rates = self._rates_of(group, p.device) if deferred else None
-            precision = Precision.of(p.dtype, self._rounding)
+            precision = Precision.of(p.dtype, self._rounding or part.backend.unasked.get(p.dtype))
             for w in made:
                 w.precision, w.arrived, w.offset, w.rates = precision, arrived, offset, rates
                 w.diagnose, w.cautious = self._diagnose, rule.cautious_weight_decay

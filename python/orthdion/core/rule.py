@@ -121,6 +121,11 @@ class Rule:
         """Refuses options that do not go together (:class:`ValueError`)."""
 
     @property
+    def keeps_factors(self) -> bool:
+        """Whether a state of it has a rank."""
+        return any("rank" in state.axes for state in self.states.values())
+
+    @property
     def shared(self) -> tuple[float, float, bool, bool]:
         """What every fused form begins with."""
         return self.lr, self.weight_decay, self.maximize, self.cautious_weight_decay

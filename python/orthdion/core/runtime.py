@@ -40,14 +40,15 @@ class Runtime:
     def __init__(self, comm: Communicator, backend: Backend | None = None) -> None:
         self.comm, self._backend = comm, backend
 
-    def run(self, bodies: Sequence[Body[T]], offsets: Iterable[int]) -> list[T]:
+    def run(self, bodies: Sequence[Body[T]], offsets: Iterable[int], together: int = 0) -> list[T]:
         """What the bodies return, in their order. ``offsets``: how many bytes come before each one; ascending, and of
-        bodies that talk to each other the same on every rank. Those in the same ``BUCKET_BYTES`` travel together.
+        bodies that talk to each other the same on every rank. Those in the same ``BUCKET_BYTES`` travel together, or in
+        so many as ``together`` says, where that is more.
         """
         # One bucket computes while the other's collectives travel.
         most = 2 if self.comm.uniform else 1
         results: dict[int, T] = {}
-        waiting = deque(_Bucket(self, part, results) for part in _cut(list(enumerate(bodies)), list(offsets)))
+        waiting = deque(_Bucket(self, part, results) for part in _cut(bodies, offsets, together))
         flying: deque[_Bucket] = deque()
         while waiting or flying:
             bucket = waiting.popleft() if waiting and len(flying) < most else flying.popleft()
@@ -69,9 +70,9 @@ class Runtime:
         return answers
 
 
-def _cut(bodies: list[tuple[int, Body[T]]], offsets: list[int]) -> list[list[tuple[int, Body[T]]]]:
-    pairs = zip(offsets, bodies, strict=True)
-    return [[body for _, body in part] for _, part in groupby(pairs, key=lambda pair: pair[0] // BUCKET_BYTES)]
+def _cut(bodies: Sequence[Body[T]], offsets: Iterable[int], together: int) -> list[list[tuple[int, Body[T]]]]:
+    pairs, size = zip(offsets, enumerate(bodies), strict=True), max(together, BUCKET_BYTES)
+    return [[body for _, body in part] for _, part in groupby(pairs, key=lambda pair: pair[0] // size)]
 
 
 class _Flight:

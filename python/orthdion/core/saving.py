@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
 from ..distributed import Communicator, Meshes, local, meet
+from ..requests import Rounding
 from . import states
 from .capture import Rates, Skips
 from .entries import Entry
@@ -55,7 +56,7 @@ class SavedOptimizer(Optimizer):
     _given: dict[str, Any]
     _seed: int
     _formats: states.Formats
-    _rounding: Literal["bfloat16", "tf32"] | None
+    _rounding: Rounding | None
     _backend: str
     _diagnose: bool
     _meshes: Meshes
@@ -160,7 +161,7 @@ class SavedOptimizer(Optimizer):
                         )
                     entry = self._entries[id(p)]
                     if "step" in entry.rule.states and _uncounted(state):  # microsoft/dion counts steps a group
-                        state = {**state, "step": torch.tensor(float(saved["step"]))}
+                        state = {**state, "step": torch.tensor(float(saved["step"]), dtype=torch.float32)}
                     name = self._name(p)
                     self._warn_of_nan(name, state)
                     loaded[p] = states.fitted(name, p, entry.fold, entry.placed, rule, self.state[p], state)

@@ -6,11 +6,12 @@ import difflib
 import inspect
 import numbers
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..backends import entries
+from ..requests import Rounding
 from .gradients import FLOATS
 from .options import names_of, options_of, unpack_betas
 from .registry import rules
@@ -48,7 +49,8 @@ class Common:
             at least float32 always.
         compute_dtype: "bfloat16" rounds the operands of float32 products (sums and factorisations are not touched):
             faster where the processor multiplies bfloat16. "tf32" lets a GPU round them to TF32 (the torch backend
-            does so anywhere, the Rust core has no use for it). None: neither, whatever torch's own settings say.
+            does so anywhere, the Rust core has no use for it). "float32": neither, whatever torch's own settings say.
+            None: the same, but "tf32" for bfloat16 and float16 weights that the CUDA kernels step.
         reduce_dtype: rounds factors and averaged gradients on the wire, torch.bfloat16 say. None: not.
         backend: "auto", or the name of one: "rust" (CPU), "cupy" (CUDA), "torch" (any device).
         diagnostics: collect :func:`orthdion.diagnostics.last_step`'s figures.
@@ -74,9 +76,10 @@ class Common:
         return found
 
     @property
-    def rounding(self) -> str | None:
+    def rounding(self) -> Rounding | None:
         """Of products' operands."""
-        return {torch.bfloat16: "bfloat16"}.get(self.compute_dtype, self.compute_dtype)  # type: ignore[arg-type]
+        named = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+        return cast(Rounding | None, named.get(self.compute_dtype, self.compute_dtype))  # type: ignore[arg-type]
 
     def _check(self) -> None:
         for name in ("momentum_dtype", "q_dtype", "reduce_dtype"):
@@ -85,9 +88,10 @@ class Common:
                 raise TypeError(f"{name} must be one of {', '.join(map(str, FLOATS))} or None, not {dtype!r}")
         if self.reduce_dtype == torch.float16:
             raise ValueError("reduce_dtype=torch.float16 overflows on factors; use torch.bfloat16")
-        if self.compute_dtype not in (None, "bfloat16", torch.bfloat16, "tf32"):
+        if self.compute_dtype not in (None, "bfloat16", torch.bfloat16, "tf32", "float32", torch.float32):
             raise ValueError(
-                f"compute_dtype must be 'bfloat16', 'tf32' or None (the working precision), not {self.compute_dtype!r}"
+                "compute_dtype must be 'bfloat16', 'tf32', 'float32' (nothing is rounded) or None (what the backend "
+                f"takes for weights of this format), not {self.compute_dtype!r}"
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
             raise TypeError(f"seed must be a whole number, not {self.seed!r}")

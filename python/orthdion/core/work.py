@@ -66,7 +66,7 @@ class Work:
         if self.bodies:
             bodies: list[Body[Outcome]] = [rule.step(w) for _, w, rule in self.bodies]
             runtime = Runtime(comm, self.backend)
-            outcomes = runtime.run(bodies, [w.offset for _, w, _ in self.bodies])
+            outcomes = runtime.run(bodies, [w.offset for _, w, _ in self.bodies], self._together())
             kept = [(p, o) for (p, _, _), o in zip(self.bodies, outcomes, strict=True) if not _idle(o)]
             done.append(([p for p, _ in kept], [o for _, o in kept]))
             torch.autograd.graph.increment_version([w.x for _, w, _ in self.bodies])
@@ -76,6 +76,14 @@ class Work:
         if flags:
             slots = [skips.slot(p) for p, _ in flags]
             torch._foreach_maximum_(slots, [o.skipped.to(torch.int32).reshape(()) for _, o in flags])
+
+    def _together(self) -> int:
+        """Bytes of matrices whose bodies run side by side; 0: as few as where something travels. What bodies hold
+        meanwhile must be small beside their matrices, as factors are.
+        """
+        alone = all(w.layout.whole.size == 1 for _, w, _ in self.bodies)
+        factors = all(rule.keeps_factors for rule in {id(rule): rule for _, _, rule in self.bodies}.values())
+        return self.backend.together if alone and factors else 0
 
 
 def _idle(outcome: Outcome) -> bool:

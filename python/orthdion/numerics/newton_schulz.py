@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-
-from .rounding import rounded
 
 __all__ = ["JORDAN", "POLAR_EXPRESS", "Coefficients", "newton_schulz"]
 
@@ -26,12 +26,16 @@ POLAR_EXPRESS: Coefficients = (
 
 
 def newton_schulz(
-    u: Tensor, coefficients: Coefficients, divisor: float = 1.0, epsilon: float = 1e-7, rounding: str | None = None
+    u: Tensor,
+    coefficients: Coefficients,
+    divisor: float = 1.0,
+    epsilon: float = 1e-7,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Tensor:
     """``X ← aX + (bA + cA²)X``, A = XXᵀ, for each (a, b, c), from ``U / max(divisor·‖U‖, epsilon)``.
 
-    U is (…, m, n); A is formed on the smaller side. Operands of float32 products are rounded to ``rounding``. A zero
-    matrix stays zero; entries are scaled first, so that squares neither vanish nor overflow.
+    U is (…, m, n); A is formed on the smaller side. ``product`` multiplies, as exactly as it likes. A zero matrix stays
+    zero; entries are scaled first, so that squares neither vanish nor overflow.
     """
     largest = u.abs().amax((-2, -1), keepdim=True) if u.numel() else u.new_ones(())
     size = torch.where(largest > 0, largest, torch.ones_like(largest))
@@ -39,9 +43,6 @@ def newton_schulz(
     x = u / size / torch.maximum(norm, epsilon / size)
     flip = u.shape[-2] > u.shape[-1]
     x = x.mT if flip else x
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return rounded(a, rounding) @ rounded(b, rounding)
 
     for a, b, c in coefficients:
         gram = product(x, x.mT)

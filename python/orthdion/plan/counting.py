@@ -196,6 +196,8 @@ class CountingBackend:
     name = "counting"
     deferred = False
     fused: Mapping[type[Form], Any] = {}
+    together = 0
+    unasked: Mapping[torch.dtype, Any] = {}
 
     def __init__(self) -> None:
         self.work: Tally = Counter()

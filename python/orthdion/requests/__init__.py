@@ -7,7 +7,7 @@ over process groups (:mod:`orthdion.distributed`).
 
 from .forms import Elementwise, Form, LowRank
 from .groups import ALONE, Group, Layout
-from .matrix import Blend, Deferred, Extent, Matrix, Noise, Outcome, Precision, Report
+from .matrix import Blend, Deferred, Extent, Matrix, Noise, Outcome, Precision, Report, Rounding
 from .requests import (
     Average,
     Body,
@@ -74,6 +74,7 @@ __all__ = [
     "Residual",
     "ResidualMatrix",
     "ResidualSums",
+    "Rounding",
     "Settle",
     "Sketch",
     "Squares",

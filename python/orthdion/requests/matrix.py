@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .groups import Layout
 
-__all__ = ["Blend", "Deferred", "Extent", "Matrix", "Noise", "Outcome", "Precision", "Report"]
+__all__ = ["Blend", "Deferred", "Extent", "Matrix", "Noise", "Outcome", "Precision", "Report", "Rounding"]
 
+#: What operands of float32 products may be asked to be rounded to; "float32": nothing.
+Rounding = Literal["bfloat16", "tf32", "float32"]
 #: Rows ``first`` to ``last`` and columns ``first`` to ``last`` of a whole matrix: what one rank has of it.
 Extent = tuple[int, int, int, int]
 
@@ -40,11 +42,11 @@ class Precision:
     unit: float = 2.0**-24
 
     @staticmethod
-    def of(stored: torch.dtype, rounding: Literal["bfloat16", "tf32"] | None = None) -> Precision:
-        """Of weights that are stored so."""
+    def of(stored: torch.dtype, rounding: Rounding | None = None) -> Precision:
+        """Of weights that are stored so; "float32" rounds no operands."""
         if stored == torch.float64:
             return Precision(torch.float64, None, 2.0**-53)
-        return Precision(torch.float32, rounding)
+        return Precision(torch.float32, None if rounding == "float32" else rounding)
 
     @cached_property
     def noise(self) -> Noise:

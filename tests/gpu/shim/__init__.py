@@ -79,10 +79,10 @@ def library(file, sanitize=False, change=None):
 
 
 class ShimDevice(Device):
-    """Launches on the shim, products with NumPy. Small caches, so that small matrices are cut into panels."""
+    """Launches on the shim, products with NumPy. Little room, so that small matrices are cut into panels."""
 
-    def __init__(self, l2_bytes=6 << 14, factor_bytes=1 << 28, seed=-1, sanitize=False, change=None):
-        self.l2_bytes, self.factor_bytes = l2_bytes, factor_bytes
+    def __init__(self, panel_bytes=2 << 14, factor_bytes=1 << 28, seed=-1, sanitize=False, change=None):
+        self.panel_bytes, self.factor_bytes = panel_bytes, factor_bytes
         self.seed, self.sanitize, self.change = seed, sanitize, change
         #: What was launched: name, grid, arguments as declared, bytes loaded and stored.
         self.log = []

@@ -7,14 +7,17 @@ columns of a right factor whose rows lie on several ranks, and diagnostics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ...numerics import orthonormal as plain
+from ...numerics.newton_schulz import newton_schulz
 from ...requests import (
     Blend,
     Columns,
@@ -26,11 +29,14 @@ from ...requests import (
     LowRankUpdate,
     Map,
     MatMul,
+    NewtonSchulz,
     Outcome,
+    Precision,
     Product,
     Report,
     Request,
     ResidualSums,
+    Rounding,
     Settle,
     Sketch,
     Triangle,
@@ -40,7 +46,7 @@ from ...requests import Energies as EnergiesOf
 from ..base import Fused
 from ..torch import TorchBackend
 from .arguments import MATRICES, operand
-from .bucket import batch, lying
+from .bucket import Room, batch, lying
 from .device import Device, device_for
 from .elementwise import elementwise
 from .orthonormal import complete, orthonormalize, polar, triangles
@@ -51,8 +57,10 @@ __all__ = ["CupyBackend"]
 
 #: What is asked of a blend, and reads or writes matrices.
 _OF_BLENDS = (EnergiesOf, LowRankUpdate, Product, ResidualSums, Settle, Sketch)
-#: Bytes of scratch for an element of what a request brings: copies in double, and results.
-_SCRATCH = 32
+#: Bytes of scratch for an element of what a request brings: copies in double, and results. Factors are copied in single
+#: precision at most.
+_SCRATCH, _OF_FACTORS = 32, 12
+_ON_FACTORS = (Factor, LowRankUpdate, Product, Settle, Sketch, WarmStart)
 
 
 class CupyBackend(TorchBackend):
@@ -60,18 +68,26 @@ class CupyBackend(TorchBackend):
 
     name = "cupy"
     deferred = True
+    #: Four layers of an 8-billion-parameter model in 16 bits: launches are few, and their factors a few GiB at r = d/8.
+    together = 2 << 30
+    #: What float32 units take is eight times what the tensor cores do; sixteen bits have fewer digits than TF32 anyway.
+    unasked: Mapping[torch.dtype, Rounding] = {torch.bfloat16: "tf32", torch.float16: "tf32"}
     fused: Mapping[type[Form], Fused] = {Elementwise: cast(Any, elementwise)}
 
     def key(self, request: Request) -> Hashable:
         """All that a launch has in common."""
+        if isinstance(request, Factor):  # of one r, whatever n: they share the chain that is as long as r says
+            a = request.tensor
+            return Factor, a.shape[1], a.dtype, a.device, request.kind, request.tol, a.numel() > 0
+        whole = request.b.w.shape if isinstance(request, Settle) else None
         if not isinstance(request, _OF_BLENDS) or not request.b.w.x.numel():
-            return request.key()
+            return request.key(), whole
         b = request.b
         key = (type(request), lying(b).key, b.size if isinstance(b.size, float) else None)
         if isinstance(request, LowRankUpdate):
             return *key, *_written(request)
         if isinstance(request, (Sketch, Settle)):
-            return *key, request.q.shape, request.q.dtype
+            return *key, request.q.shape, request.q.dtype, whole
         return *key, None if isinstance(request, EnergiesOf) else request.p.shape
 
     def answer(self, requests: list[Any]) -> list[Any]:
@@ -100,6 +116,23 @@ class CupyBackend(TorchBackend):
         """``A B``, as one batched product."""
         return list(self._matmul(batch([q.a for q in qs]), batch([q.b for q in qs]), qs[0].precision).unbind(0))
 
+    def newton_schulz_of_many(self, qs: list[NewtonSchulz]) -> list[Tensor]:
+        """One batched iteration."""
+        q, product = qs[0], partial(self._matmul, precision=qs[0].precision)
+        return list(newton_schulz(batch([p.tensor for p in qs]), q.coefficients, q.divisor, q.epsilon, product))
+
+    def _matmul(self, a: Tensor, b: Tensor, precision: Precision) -> Tensor:
+        """Single precision by cuBLAS, on the tensor cores where operands may be rounded."""
+        if a.dtype != torch.float32 or 0 in (*a.shape, *b.shape):
+            return super()._matmul(a, b, precision)
+        if a.ndim == 2:
+            return self._matmul(a[None], b[None], precision)[0]
+        kind = torch.bfloat16 if precision.rounding == "bfloat16" else torch.float32
+        left, right = (_one_side_dense(t.to(kind)) for t in (a, b))
+        out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32, device=a.device)
+        device_for(a.device).multiply(out, left, right, tf32=precision.rounding == "tf32")
+        return out
+
     def gram_of_many(self, qs: list[Gram]) -> list[Tensor]:
         """``AᵀA``"""
         a = batch([q.a for q in qs])
@@ -117,14 +150,19 @@ class CupyBackend(TorchBackend):
 
     def factor_of_many(self, qs: list[Factor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """QR by Cholesky, the polar factor by products."""
-        a = batch([q.tensor for q in qs])
-        device = device_for(a.device)
-        if not a.numel():
+        if not qs[0].tensor.numel():
             return [self.factor(q) for q in qs]
-        f = orthonormalize(device, a, qs[0].tol)
+        heights: dict[int, list[int]] = {}
+        for i, q in enumerate(qs):
+            heights.setdefault(q.tensor.shape[0], []).append(i)
+        device = device_for(qs[0].tensor.device)
+        f = orthonormalize(device, [batch([qs[i].tensor for i in of]) for of in heights.values()], qs[0].tol)
         v = polar(device, f) if qs[0].kind == "polar" else f.v
-        null = (f.null != 0).unbind(0)
-        return [(own, gone, q.tensor) for own, gone, q in zip(v.unbind(0), null, qs, strict=True)]
+        found: list[Any] = [None] * len(qs)
+        for of, own, gone in zip(heights.values(), v, f.of_each(f.null != 0), strict=True):
+            for i, *answer in zip(of, own.unbind(0), gone.unbind(0), strict=True):
+                found[i] = (*answer, qs[i].tensor)
+        return found
 
     def columns_of_many(self, qs: list[Columns]) -> list[tuple[Tensor, Tensor]]:
         """Unit columns."""
@@ -142,8 +180,8 @@ class CupyBackend(TorchBackend):
         some = null.any(1) & ~every
         due, gone, basis = some.int(), null.int(), v
         if qs[0].kind == "polar":  # with null directions its columns are not orthonormal: a basis of them is
-            f = orthonormalize(device, v, 1e-3, due)
-            basis, gone = f.v, f.null
+            f = orthonormalize(device, [v], 1e-3, due)
+            (basis,), gone = f.v, f.null
         filled = complete(device, basis, gone, old, due)
         chosen = torch.where(every[:, None, None], old, torch.where(some[:, None, None], filled, v))
         return list(chosen.unbind(0))
@@ -151,13 +189,19 @@ class CupyBackend(TorchBackend):
     # ------------------------------------------------------------ blends
 
     def sketch_of_many(self, qs: list[Sketch]) -> list[tuple[Tensor, Tensor]]:
-        """``B Q`` and max |B|"""
-        passes, old = _passes(qs), batch([q.q for q in qs])
-        p, bits = passes.sketch(old)
+        """``B Q`` and max |B|; rules that look ahead complete the step and will ask for B's energies, so they are taken
+        on the way.
+        """
+        passes, old, first = _passes(qs), batch([q.q for q in qs]), qs[0].b
+        energies = passes.room() if abs(first.cg) != first.cm or first.w.diagnose else None
+        p, bits, formed = passes.sketch(old, energies)
         largest = bits.view(torch.float32).double() * passes.sizes
         largest = torch.where(largest.isfinite(), largest, torch.inf)
-        for q, own in zip(qs, old.unbind(0), strict=True):
-            lying(q.b).q = own
+        room = None if formed is None else Room.of(passes.device, formed)
+        for k, q in enumerate(qs):
+            at = lying(q.b)
+            at.q, at.kept = old[k], None if formed is None or room is None else (formed[k], room)
+            at.energies = None if energies is None else (energies.rows[k], energies.columns[k])
         return list(zip(p.unbind(0), largest.unbind(0), strict=True))
 
     def settle_of_many(self, qs: list[Settle]) -> list[tuple[Blend, Tensor, Report | None]]:
@@ -165,8 +209,9 @@ class CupyBackend(TorchBackend):
         largest, first = batch([q.largest for q in qs]), qs[0].b.w
         sizes, count = torch.empty_like(largest), len(qs)
         skip, lost = (torch.empty(count, dtype=torch.int32, device=largest.device) for _ in range(2))
-        grid = (-(-count // 64),)
-        device_for(largest.device).launch("decide", grid, 64, largest, sizes, skip, lost, first.precision.safe, count)
+        grid, spread = (-(-count // 64),), math.sqrt(math.prod(first.shape))
+        decided = (largest, sizes, skip, lost, first.precision.safe, spread, count)
+        device_for(largest.device).launch("decide", grid, 64, *decided)
         flags = zip(sizes.unbind(0), skip.bool().unbind(0), lost.unbind(0), strict=True)
         blends = []
         for q, (size, skipped, gone) in zip(qs, flags, strict=True):
@@ -181,16 +226,12 @@ class CupyBackend(TorchBackend):
         return [(b, p, None) for b, p in zip(blends, sketch.unbind(0), strict=True)]
 
     def product_of_many(self, qs: list[Product]) -> list[Tensor]:
-        """``Bᵀ P``; rules that look ahead complete the step and will ask for B's energies, so they are taken on the
-        way.
-        """
-        passes, first = _passes(qs), qs[0].b
-        energies = passes.room() if abs(first.cg) != first.cm or first.w.diagnose else None
-        out = passes.product(batch([q.p for q in qs]), energies)
-        if energies is not None:
-            for q, rows, columns in zip(qs, energies.rows.unbind(0), energies.columns.unbind(0), strict=True):
-                lying(q.b).energies = rows, columns
-        return list(out.unbind(0))
+        """``Bᵀ P``"""
+        known = [at.kept for q in qs if (at := lying(q.b)).kept is not None]
+        formed = batch([block for block, _ in known]) if len(known) == len(qs) else None
+        for q in qs:
+            lying(q.b).kept = None
+        return list(_passes(qs).product(batch([q.p for q in qs]), formed).unbind(0))
 
     def energies_of_many(self, qs: list[EnergiesOf]) -> list[tuple[Tensor, Tensor]]:
         """Along rows and down columns."""
@@ -242,6 +283,12 @@ def _passes(qs: list[Any]) -> Passes:
     return Passes(device_for(qs[0].b.w.x.device), [q.b for q in qs])
 
 
+def _one_side_dense(t: Tensor) -> Tensor:
+    """A batch as cuBLAS takes it."""
+    dense = any(t.stride(axis) == 1 or t.shape[axis] == 1 for axis in (1, 2))
+    return t if dense and t.stride(0) > 0 else t.contiguous()
+
+
 def _flags(flags: list[Tensor | None], where: torch.device) -> Tensor:
     """Flags as kernels read them; none is none raised."""
     known = [f for f in flags if f is not None]
@@ -279,8 +326,18 @@ def _tensors(q: Any) -> list[Tensor]:
 
 def _parts(requests: list[Any], device: Device) -> Iterator[list[Any]]:
     """At most 64 at a time, and as many as scratch may hold."""
-    brought = _tensors(requests[0])
-    each = _SCRATCH * sum(t.numel() for t in brought) + 1
-    most = max(1, min(MATRICES, device.factor_bytes // each))
-    for start in range(0, len(requests), most):
-        yield requests[start : start + most]
+    part, taken = list[Any](), 0
+    for request in requests:
+        own = _scratch(request)
+        if part and (len(part) == MATRICES or taken + own > device.factor_bytes):
+            yield part
+            part, taken = [], 0
+        part.append(request)
+        taken += own
+    yield part
+
+
+def _scratch(request: Any) -> int:
+    """Bytes that answering a request takes."""
+    entries = sum(t.numel() for t in _tensors(request))
+    return (_OF_FACTORS if isinstance(request, _ON_FACTORS) else _SCRATCH) * entries

@@ -1,4 +1,4 @@
-"""Buckets: blends of one shape, format and layout, for common launches; and how they are cut to fit the cache.
+"""Buckets: blends of one shape, format and layout, for common launches; and how they are cut to fit the room there is.
 
 A matrix is seen as it lies in memory, row-major with some pitch, and whether that is B or Bᵀ (``turned``: wide weights
 are processed transposed). Views that lie in no such way are copied, and copied back.
@@ -7,6 +7,7 @@ are processed transposed). Views that lie in no such way are copied, and copied 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from ...requests import Blend
 from .arguments import MATRICES, TYPES, addresses, pack
+from .device import Device
 
-__all__ = ["Bucket", "Lying", "Slab", "batch", "lying"]
+__all__ = ["Bucket", "Lying", "Room", "Slab", "batch", "lying"]
 
 #: Entries of one matrix that a thread block handles; panels are whole multiples of its sides.
 _TILE_ROWS, _TILE_COLS = 32, 128
@@ -36,6 +38,24 @@ def batch(tensors: Sequence[Tensor]) -> Tensor:
     return first.as_strided((len(tensors), *first.shape), (size, *strides), first.storage_offset())
 
 
+class Room:
+    """Room on a device for what is kept from one request to the next; given back with the last reference to it."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        device.kept_bytes += size
+        weakref.finalize(self, _give_back, device, size)
+
+    @staticmethod
+    def of(device: Device, t: Tensor) -> Room | None:
+        """For a tensor that is there already, if that much may be kept."""
+        size = t.numel() * t.element_size()
+        return Room(device, size) if device.kept_bytes + size <= device.panel_bytes else None
+
+
+def _give_back(device: Device, size: int) -> None:
+    device.kept_bytes -= size
+
+
 @dataclass(slots=True, eq=False)
 class Lying:
     """A blend as it lies in memory; kept on it (``Blend.formed``) as long as its step lasts.
@@ -47,6 +67,8 @@ class Lying:
         key: what blends in one launch have in common.
         q: the Q that it was sketched with, in a batch.
         energies: sums of B's squares along rows and down columns, where a pass has taken them on its way.
+        kept: B as products read it and as it lies, where there was room for it, until R has been formed; and what holds
+            that room.
     """
 
     turned: bool
@@ -56,6 +78,7 @@ class Lying:
     key: Hashable
     q: Tensor | None = None
     energies: tuple[Tensor, Tensor] | None = None
+    kept: tuple[Tensor, Room] | None = None
 
 
 def lying(b: Blend) -> Lying:
@@ -76,7 +99,7 @@ def lying(b: Blend) -> Lying:
 
 @dataclass(frozen=True)
 class Slab:
-    """Part of a bucket whose B fits the cache: rows ``first`` to ``last`` of matrices ``start`` to ``stop``."""
+    """Part of a bucket whose B there is room for: rows ``first`` to ``last`` of matrices ``start`` to ``stop``."""
 
     start: int
     stop: int
@@ -154,10 +177,10 @@ class Bucket:
         return pack(*corner, self.turned, *formats, *(_pitch(ts[0]) for ts in lists), *self.blend)
 
     def grid(self, s: Slab) -> tuple[int, int, int]:
-        """Of the kernels that pass over a slab."""
+        """Of the kernels that pass over a slab: tiles of rows as they lie, of columns, and matrices."""
         n, m = self.shape[1], s.last - s.first
         rows, cols = (n, m) if self.turned else (m, n)
-        return -(-cols // _TILE_COLS), -(-rows // _TILE_ROWS), s.count
+        return -(-rows // _TILE_ROWS), -(-cols // _TILE_COLS), s.count
 
     def block(self, s: Slab, dtype: torch.dtype) -> Tensor:
         """Room for a slab's entries, as they lie."""

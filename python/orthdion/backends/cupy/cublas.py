@@ -38,7 +38,9 @@ def library() -> ctypes.CDLL:
 
 
 class Products:
-    """One device's handles, a thread each, and their workspaces, which a captured graph may keep using."""
+    """One device's handles, a thread each, and workspaces, a stream of a thread each: products on two streams may run
+    at once, and a captured graph may keep using what it was captured with.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._local = device, threading.local()
@@ -51,11 +53,13 @@ class Products:
             handle = ctypes.c_void_p()
             _check(lib.cublasCreate_v2(ctypes.byref(handle)), "cublasCreate")
             self._local.handle = handle
-            self._local.workspace = torch.empty(_WORKSPACE, dtype=torch.uint8, device=self._device)
-        handle = self._local.handle
+            self._local.workspaces = {}
+        handle, workspaces = self._local.handle, self._local.workspaces
+        if stream not in workspaces:
+            workspaces[stream] = torch.empty(_WORKSPACE, dtype=torch.uint8, device=self._device)
         _check(lib.cublasSetStream_v2(handle, stream), "cublasSetStream")
         # Setting a stream gives up the workspace that was set before.
-        _check(lib.cublasSetWorkspace_v2(handle, self._local.workspace.data_ptr(), _WORKSPACE), "cublasSetWorkspace")
+        _check(lib.cublasSetWorkspace_v2(handle, workspaces[stream].data_ptr(), _WORKSPACE), "cublasSetWorkspace")
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool, tf32: bool) -> None:
         """``out (+)= A B``; see :meth:`Device.multiply`. cuBLAS counts columns first: it is asked for ``outᵀ = Bᵀ

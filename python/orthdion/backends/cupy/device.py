@@ -21,14 +21,20 @@ from .source import FILES, OPTIONS, kernels, text
 
 __all__ = ["Device", "device_for", "register", "unavailable"]
 
+#: Blocks of a grid in y and in z; in x there may be 2³¹ − 1.
+_GRID_LIMIT = 65535
+#: What the probe compiles: the smallest module, by the way that the kernels take.
+_PROBE = 'extern "C" __global__ void probe(float* x) { *x = 1.0f; }'
 _REGISTERED: dict[torch.device, Device] = {}
 
 
 class Device(ABC):
     """What the backend's host code needs of a device."""
 
-    #: Bytes of the second-level cache, by which panels are sized.
-    l2_bytes: int
+    #: What panels of B, and of products with P, may take; what fits is multiplied as a whole.
+    panel_bytes: int
+    #: What is kept of B at the moment, from B Q to Bᵀ P; as much again as panels at most.
+    kept_bytes: int = 0
     #: What the factors of matrices that are stepped together may take.
     factor_bytes: int
 
@@ -42,6 +48,8 @@ class Device(ABC):
         convert = _converters(kernel)
         if len(arguments) != len(convert):
             raise TypeError(f"kernel {kernel} takes {len(convert)} arguments, {len(arguments)} were given")
+        if any(n > _GRID_LIMIT for n in grid[1:]):
+            raise ValueError(f"kernel {kernel}: CUDA takes no more than {_GRID_LIMIT} blocks in y and z, not {grid}")
         if 0 not in grid:
             self._launch(kernel, grid, threads, [f(a) for f, a in zip(convert, arguments, strict=True)])
 
@@ -96,8 +104,7 @@ class CupyDevice(Device):
         self._device = cupy.cuda.Device(index)
         self._products = Products(torch.device("cuda", index))
         properties = torch.cuda.get_device_properties(index)
-        self.l2_bytes = int(properties.L2_cache_size)
-        self.factor_bytes = int(properties.total_memory) // 32
+        self.panel_bytes = self.factor_bytes = int(properties.total_memory) // 32
         self._functions: dict[str, Any] = {}
 
     @contextmanager
@@ -190,4 +197,9 @@ def _cupy_error(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"the CuPy kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    try:
+        with cupy.cuda.Device(index):
+            cupy.RawModule(code=_PROBE, options=OPTIONS).get_function("probe")
+    except Exception as e:  # NVRTC or CUDA's headers are missing, or of another version: CuPy has many words for it
+        return f"CuPy cannot compile here ({type(e).__name__}: {e}); pip install 'cupy-cuda{major}x[ctk]'"
     return None

@@ -4,10 +4,14 @@ Gram matrices are taken in double precision, so for single-precision A the null 
 passes are as good as a Householder QR for every condition that the null rule leaves: no other path is needed. One pass
 serves up to the gate. Which it is, is decided on the device, matrix by matrix: kernels of the second pass return at
 once where it is not due. Nothing here reads a number on the host.
+
+A chain of small kernels is as long as r says, whatever the matrices' heights and number: matrices of one r, whatever
+their n, take it together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,17 +28,23 @@ __all__ = ["GATE", "Factored", "complete", "orthonormalize", "polar", "quintics"
 #: Condition up to which one Cholesky QR of single-precision data is orthonormal to single precision: κ²·2⁻⁵³ < 2⁻²⁴/8².
 GATE = 2.0**14.5 / 8.0
 _TILE = 64
-_BOUNDS = 4
+_BOUNDS, _NORMS = 4, 8
 
 
 @dataclass(frozen=True)
 class Factored:
-    """``A = V T`` of a batch: V (n, r), T (r, r) double, null flags (r), norm bounds."""
+    """``A = V T`` of batches of one r: V (n, r) a batch, and of all matrices in a row T (r, r) double, null flags (r)
+    and norm bounds.
+    """
 
-    v: Tensor
+    v: tuple[Tensor, ...]
     t: Tensor
     null: Tensor
     bounds: Tensor
+
+    def of_each(self, rows: Tensor) -> Iterator[Tensor]:
+        """What there is of all matrices, by batch."""
+        return iter(rows.split([v.shape[0] for v in self.v]))
 
 
 def triangles(
@@ -43,22 +53,25 @@ def triangles(
     tol: float,
     *,
     due: Tensor | None = None,
-    gate: tuple[float, Tensor] | None = None,
+    gate: float = float("inf"),
+    again: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(T, S, null, bounds)`` with ``TᵀT = gram`` (destroyed) and S = T⁻¹, without null directions; what is below the
-    diagonals of T and S is left as it is.
+    """``(T, S, null, bounds)`` with ``TᵀT = gram`` and S = T⁻¹, without null directions; what is below the diagonals of
+    T and S is left as it is.
 
-    ``due``: only of matrices whose flag is 1. ``gate``: a condition, and the flags that are set to 1 beyond it.
+    ``due``: only of matrices whose flag is 1. ``again``: flags that say whether the condition is beyond ``gate``.
     """
     count, r = gram.shape[:2]
-    new, where, mask = gram.new_empty, _only(due), 0 if due is None else 1
-    t, s, diagonal, least = new(count, r, r), new(count, r, r), new(count, r), new(count, r)
+    new, where, only = gram.new_empty, _only(due), (due, 0 if due is None else 1)
+    scaled, t, s = (new(count, r, r) for _ in range(3))
+    diagonal, least = new(count, r), new(count, r)
     null = torch.empty(count, r, dtype=torch.int32, device=gram.device)
-    bounds = new(count, _BOUNDS)
-    device.launch("equilibrate", (count,), 256, gram, diagonal, least, r, tol, due, mask)
-    g, top, inverse = operand(gram), operand(t), operand(s)
+    bounds, norms = new(count, _BOUNDS), new(count, _NORMS)
+    strips = (-(-r // _TILE), count)
+    device.launch("equilibrate", strips, 256, gram, scaled, diagonal, least, norms, r, tol, *only)
+    g, top, inverse = operand(scaled), operand(t), operand(s)
     for j in range(0, r, _TILE):
-        device.launch("cholesky_tile", (count,), 256, gram, t, s, null, least, r, j, due, mask)
+        device.launch("cholesky_tile", (count,), 256, scaled, t, s, null, least, r, j, *only)
         rest, n = r - j - _TILE, min(_TILE, r - j)
         if rest <= 0:
             continue
@@ -100,8 +113,8 @@ def triangles(
                     when=where,
                 )
         size *= 2
-    limit, flags = (float("inf"), due) if gate is None else gate
-    device.launch("finish", (count,), 256, t, s, diagonal, bounds, r, limit, flags, mask)
+    device.launch("measure", strips, 256, t, s, diagonal, norms, r, *only)
+    device.launch("finish", strips, 256, t, s, diagonal, norms, bounds, r, gate, again, *only)
     return t, s, null, bounds
 
 
@@ -110,34 +123,53 @@ def _only(due: Tensor | None) -> When:
     return When() if due is None else When(due, 1)
 
 
-def orthonormalize(device: Device, a: Tensor, tol: float, due: Tensor | None = None) -> Factored:
-    """``A = V T`` of a batch (n, r) in single precision; T has a non-negative diagonal, null columns of V are zero.
+def orthonormalize(device: Device, batches: Sequence[Tensor], tol: float, due: Tensor | None = None) -> Factored:
+    """``A = V T`` of batches of one r (n, r) in single precision; T has a non-negative diagonal, null columns of V are
+    zero.
 
     Matrices beyond the gate take a second pass. ``due``: only of matrices whose flag is 1, which take one.
     """
-    count, n, r = a.shape
-    gram = torch.empty(count, r, r, dtype=torch.float64, device=a.device)
-    v = torch.empty_like(a)
-    multiply(device, gram, operand(a).T, operand(a), shape=SYMMETRIC, sizes=(r, r, n), when=_only(due))
+    r, where, counts = batches[0].shape[2], batches[0].device, [a.shape[0] for a in batches]
+    gram = torch.empty(sum(counts), r, r, dtype=torch.float64, device=where)
+    v = tuple(torch.empty_like(a) for a in batches)
+    _grams(device, gram, batches, due)
     if due is not None:
         t, s, null, bounds = triangles(device, gram, tol, due=due)
-        multiply(device, v, a, s, shape=UPPER_B, when=_only(due))
+        _through(device, batches, s, v, [_only(flag) for flag in due.split(counts)])
         return Factored(v, t, null, bounds)
-    again = torch.zeros(count, dtype=torch.int32, device=a.device)
-    t, s, null, bounds = triangles(device, gram, tol, gate=(GATE, again))
-    once = torch.empty_like(a)
-    multiply(device, v, a, s, shape=UPPER_B, when=When(again, elsewhere=1, other=once))
-    multiply(device, gram, operand(once).T, operand(once), shape=SYMMETRIC, sizes=(r, r, n), when=_only(again))
-    # What is null has been left out: of the second pass only zero columns are.
-    t2, s2, _, _ = triangles(device, gram, 0.0, due=again)
-    multiply(device, v, once, s2, shape=UPPER_B, when=_only(again))
-    both = torch.empty_like(t)
+    again = torch.empty(sum(counts), dtype=torch.int32, device=where)
+    t, s, null, bounds = triangles(device, gram, tol, gate=GATE, again=again)
+    once, flags = [torch.empty_like(a) for a in batches], again.split(counts)
+    whens = [When(flag, elsewhere=1, other=other) for flag, other in zip(flags, once, strict=True)]
+    _through(device, batches, s, v, whens)
+    _grams(device, gram, once, again)
+    t2, s2, both = (torch.empty_like(t) for _ in range(3))
+    device.launch("refine", (-(-r * r // 4096), sum(counts)), 256, gram, t2, s2, r, again)
+    _through(device, once, s2, v, [_only(flag) for flag in flags])
     multiply(device, both, t2, t, shape=UPPER_A | UPPER_B | UPPER_C, when=_only(again))
     return Factored(v, torch.where((again != 0)[:, None, None], both, t), null, bounds)
 
 
-def polar(device: Device, f: Factored) -> Tensor:
-    """``R (RᵀR)^(−1/2) = V·polar(T)`` of a factored batch; null directions contribute nothing.
+def _grams(device: Device, gram: Tensor, batches: Sequence[Tensor], due: Tensor | None) -> None:
+    """``AᵀA`` of all matrices, in a row."""
+    counts = [a.shape[0] for a in batches]
+    flags = [None] * len(batches) if due is None else due.split(counts)
+    for a, out, flag in zip(batches, gram.split(counts), flags, strict=True):
+        n, r = a.shape[1:]
+        multiply(device, out, operand(a).T, operand(a), shape=SYMMETRIC, sizes=(r, r, n), when=_only(flag))
+
+
+def _through(
+    device: Device, batches: Sequence[Tensor], s: Tensor, out: Sequence[Tensor], whens: Sequence[When]
+) -> None:
+    """``A S`` of each batch, for upper triangles S of all matrices in a row."""
+    of_each = s.split([a.shape[0] for a in batches])
+    for a, own, to, when in zip(batches, of_each, out, whens, strict=True):
+        multiply(device, to, a, own, shape=UPPER_B, when=when)
+
+
+def polar(device: Device, f: Factored) -> tuple[Tensor, ...]:
+    """``R (RᵀR)^(−1/2) = V·polar(T)`` of factored batches; null directions contribute nothing.
 
     polar(T) by X ← X(aI + bXᵀX + c(XᵀX)²), the best odd quintics for where its singular values can be
     (:func:`quintics`). A matrix starts at the round that its condition asks for.
@@ -147,16 +179,17 @@ def polar(device: Device, f: Factored) -> Tensor:
     x, y, square, z = (torch.empty_like(f.t) for _ in range(4))
     coefficients, lows = quintics()
     table = _table(f.t.device)
-    device.launch("polar_start", (count,), 256, f.t, f.bounds, x, y, rounds, table, len(lows), r)
+    device.launch("polar_start", (-(-r // _TILE), count), 256, f.t, f.bounds, x, y, rounds, table, len(lows), r)
     for i, (a, b, c) in enumerate(coefficients):
         due = When(rounds, 1 << i)
         multiply(device, square, operand(x).T, operand(x), shape=SYMMETRIC, sizes=(r, r, r), when=due)
         multiply(device, z, square, square, alpha=c, beta=b, delta=a, add=square, shape=SYMMETRIC, when=due)
         multiply(device, y, x, z, when=due)
         x, y = y, x
-    v = torch.empty_like(f.v)
-    multiply(device, v, f.v, x)
-    return v
+    found = tuple(torch.empty_like(v) for v in f.v)
+    for v, turn, out in zip(f.v, f.of_each(x), found, strict=True):
+        multiply(device, out, v, turn)
+    return found
 
 
 @cache
@@ -208,11 +241,11 @@ def complete(device: Device, v: Tensor, null: Tensor, old: Tensor, due: Tensor) 
     count, n, r = v.shape
     where = When(due, 1)
     c, h, e, y, ce = (torch.empty(count, r, r, dtype=torch.float64, device=v.device) for _ in range(5))
-    turn = torch.empty(count, r, dtype=torch.int32, device=v.device)
+    turn, listed = (torch.empty(count, size, dtype=torch.int32, device=v.device) for size in (r, 2 * r))
     multiply(device, c, operand(v).T, operand(old), sizes=(r, r, n), when=where)
     multiply(device, h, operand(old).T, operand(old), shape=SYMMETRIC, sizes=(r, r, n), when=where)
     multiply(device, h, operand(c).T, operand(c), alpha=-1.0, beta=1.0, add=h, sizes=(r, r, r), when=where)
-    device.launch("complete", (count,), 256, h, e, y, turn, null, r, due)
+    device.launch("complete", (count,), 256, h, e, y, turn, listed, null, r, due)
     multiply(device, ce, c, e, when=where)
     out, filled = torch.empty_like(v), torch.empty_like(v)
     multiply(device, out, old, e, beta=1.0, add=v, when=where)

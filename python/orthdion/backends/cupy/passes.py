@@ -1,4 +1,6 @@
-"""Passes over the matrices of a bucket, in panels of B that stay in the cache; each reads M and G, and forms B anew."""
+"""Passes over the matrices of a bucket: as a whole where there is room for their B, which then is formed once, and in
+panels where there is not.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,7 @@ class Passes:
         self.where, precision, sizes = self.b.where, blends[0].w.precision, [b.size for b in blends]
         self._tf32 = precision.rounding == "tf32"
         self._format = torch.bfloat16 if precision.rounding == "bfloat16" else torch.float32
-        # A panel takes a third of the cache: M and G stream past it.
-        self._entries = max(device.l2_bytes // 3 // self._format.itemsize, 1)
+        self._entries = max(device.panel_bytes // self._format.itemsize, 1)
         # Where nothing has been settled yet, no B has to be scaled.
         self._settled = isinstance(sizes[0], Tensor) or sizes[0] != 1.0
         self.sizes = batch([self._size(s) for s in sizes])
@@ -79,27 +80,29 @@ class Passes:
 
     # ------------------------------------------------------------ that only read
 
-    def sketch(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """``B Q`` [matrix, m, r], and the largest entries of B [matrix] as the bits of single-precision numbers."""
+    def sketch(self, q: Tensor, energies: Energies | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``B Q`` [matrix, m, r], the largest entries of B [matrix] as the bits of single-precision numbers, and B as
+        it lies [matrix, …], if it was formed in one piece; on the way the energies, where there is room for them.
+        """
         p, right = self.new(self.b.shape[0], q.shape[2]), self._operand(q)
         largest = torch.zeros(self.b.count, dtype=torch.int32, device=self.where)
-        for s in self.b.slabs(self._entries):
-            upright = self._panel(s, largest)
-            self.device.multiply(p[s.matrices, s.rows], upright, right[s.matrices], tf32=self._tf32)
+        slabs, block = list(self.b.slabs(self._entries)), None
+        for s in slabs:
+            block = self._panel(s, largest, energies)
+            self.device.multiply(p[s.matrices, s.rows], self.b.upright(block), right[s.matrices], tf32=self._tf32)
         self.rescaled(p, q)
-        return p, largest
+        return p, largest, block if len(slabs) == 1 else None
 
     def rescaled(self, p: Tensor, q: Tensor) -> None:
         """``size·B Q`` into p of the matrices whose size is not 1, by a slower kernel that sums in double."""
         self._formed(p, q, False)
 
-    def product(self, p: Tensor, energies: Energies | None = None) -> Tensor:
-        """``size·Bᵀ P`` [matrix, n, r], and on the way the energies, where there is room for them."""
+    def product(self, p: Tensor, kept: Tensor | None = None) -> Tensor:
+        """``size·Bᵀ P`` [matrix, n, r], with B as :meth:`sketch` formed it, if it is still there."""
         out, left = self.new(self.b.shape[1], p.shape[2]), self._operand(p)
-        for s in self.b.slabs(self._entries):
-            upright = self._panel(s, energies=energies)
-            part, late = left[s.matrices, s.rows], s.first > 0
-            self.device.multiply(out[s.matrices], upright.transpose(1, 2), part, add=late, tf32=self._tf32)
+        for s in self.b.slabs(self._entries) if kept is None else (Slab(0, self.b.count, 0, self.b.shape[0]),):
+            down = self.b.upright(self._panel(s) if kept is None else kept).transpose(1, 2)
+            self.device.multiply(out[s.matrices], down, left[s.matrices, s.rows], add=s.first > 0, tf32=self._tf32)
         self._formed(out, p, True)
         return out
 
@@ -122,7 +125,7 @@ class Passes:
         raw, scaled = self.new(m, dtype=torch.float64), self.new(m, dtype=torch.float64)
         for s in b.slabs(self._entries):
             captured, grid, rows = self._captured(s, left, right), b.grid(s), s.last - s.first
-            shape = (s.count, grid[1], rows) if b.turned else (s.count, rows, grid[0])
+            shape = (s.count, grid[0], rows) if b.turned else (s.count, rows, grid[1])
             parts = [captured.new_empty(shape, dtype=torch.float64) for _ in range(2)]
             own = (captured, self.sizes[s.matrices], columns[s.matrices], n)
             self.device.launch("residual_rows", grid, 256, *b.lists(s, "m", "g"), b.place(s), *own, *parts)
@@ -139,10 +142,8 @@ class Passes:
         head = self._operand(w.v, None if w.alphas is None else (w.r, w.alphas))
         captured = None if w.columns is None else self._operand(w.r)
         fed = None if a == kept else captured if w.fed is w.r and captured is not None else self._operand(w.fed)
-        # Products, and the operands that stream past them, fill the cache: smaller panels would be all launches.
         products = 1 + (fed is not None) + (captured is not None and fed is not captured)
-        of_entry = 4 * products + sum(ts[0].element_size() for ts in (b.x, b.m, b.g))
-        for s in b.slabs(max(device.l2_bytes // of_entry, 1)):
+        for s in b.slabs(max(device.panel_bytes // (4 * products), 1)):
             ahead = self._captured(s, left, head)
             of_r = None if captured is None else self._captured(s, left, captured)
             of_fed = of_r if fed is captured else None if fed is None else self._captured(s, left, fed)
@@ -183,10 +184,10 @@ class Passes:
         return out
 
     def _panel(self, s: Slab, largest: Tensor | None = None, energies: Energies | None = None) -> Tensor:
-        """A slab's rows of B as products read them."""
+        """A slab's B as products read it, as it lies."""
         block = self.b.block(s, self._format)
         self._form(s, block, largest, energies)
-        return self.b.upright(block)
+        return block
 
     def _form(self, s: Slab, block: Tensor | None, largest: Tensor | None, energies: Energies | None) -> None:
         """A slab's B, its largest entries and its energies, where there is room for them."""
@@ -195,8 +196,8 @@ class Passes:
         if energies is not None:
             cut = s.last - s.first
             height, width = (b.shape[1], cut) if b.turned else (cut, b.shape[1])
-            rows = torch.empty(s.count, height, grid[0], dtype=torch.float64, device=self.where)
-            columns = torch.empty(s.count, grid[1], width, dtype=torch.float64, device=self.where)
+            rows = torch.empty(s.count, height, grid[1], dtype=torch.float64, device=self.where)
+            columns = torch.empty(s.count, grid[0], width, dtype=torch.float64, device=self.where)
         top = None if largest is None else largest[s.matrices]
         operands = (*b.lists(s, "m", "g"), b.place(s), block, TYPES[self._format], top)
         self.device.launch("form", grid, 256, *operands, rows, columns)

@@ -16,6 +16,13 @@ __all__ = ["SYMMETRIC", "UPPER_A", "UPPER_B", "UPPER_C", "Formed", "When", "mult
 #: Shapes that make parts of a product superfluous, as ``multiply.cu`` numbers them.
 SYMMETRIC, UPPER_A, UPPER_B, UPPER_C = 1, 2, 4, 8
 _TILE = 64
+#: Blocks of a product, about, that fill a large device.
+_BLOCKS = 256
+#: Blocks of a launch that flags decide on, about: two for each multiprocessor of a large device. What is rarely due
+#: must cost little when it is not.
+_GATED = 256
+#: Rows of tiles in a grid, at most.
+_ROWS = 65535
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,8 @@ def multiply(
     splits = 1
     plain = not beta and not delta and alpha == 1.0 and not shape & (UPPER_A | UPPER_B) and pairs == 1
     if plain and when.other is None and c.tensor[0].is_contiguous():
-        # Enough blocks for a large device; the same on every device, as ranks must sum in one order.
-        splits = max(1, min(256 // (tiles * count), k // 512, 64))
+        # Enough blocks for a large device; the same on every device and in every batch, as all must sum in one order.
+        splits = max(1, min(_BLOCKS // tiles, k // 512, 64))
     target, other = c, when.other
     if splits > 1:
         parts = torch.empty(splits * count, m, n, dtype=torch.float64, device=c.tensor.device)
@@ -103,7 +110,9 @@ def multiply(
         other,
         when.elsewhere if other is not None else 0,
     )
-    grid = (-(-n // _TILE), -(-m // _TILE), count * pairs * splits)
+    across, down, deep = -(-n // _TILE), -(-m // _TILE), count * pairs * splits
+    most = _ROWS if not when.mask else max(1, _GATED // (across * deep))
+    grid = (across, min(down, most), deep)
     if isinstance(a, Formed):
         row_m, col_m = a.m[0].stride()
         row_g, col_g = a.g[0].stride()

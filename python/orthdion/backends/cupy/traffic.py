@@ -56,14 +56,14 @@ def _form(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     entries = grid[2] * rows * cols
     stores = 0 if a[3] is None else entries * _SIZES[a[4]]
     if a[6] is not None:
-        stores += 8 * grid[2] * (rows * grid[0] + cols * grid[1])
+        stores += 8 * grid[2] * (rows * grid[1] + cols * grid[0])
     return Traffic(matrix_loads=entries * (m + g), stores=stores)
 
 
 def _residual_rows(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     rows, cols, turned, _, m, g = _place(a[2])
     entries, threads = grid[2] * rows * cols, 256 * grid[0] * grid[1] * grid[2]
-    sums = grid[2] * (cols * grid[1] if turned else rows * grid[0])
+    sums = grid[2] * (cols * grid[0] if turned else rows * grid[1])
     return Traffic(matrix_loads=entries * (m + g), loads=entries * (4 + 8) + 8 * threads, stores=2 * 8 * sums)
 
 
@@ -91,7 +91,7 @@ def _multiply(grid: tuple[int, ...], a: Sequence[Any]) -> Traffic:
     if len(a) > 1:
         formed = struct.unpack("=6q3dq", a[1])
         sizes[0] = _SIZES[formed[0]] + _SIZES[formed[1]]
-    tiles_i, tiles_j, each = grid[1], grid[0], grid[2] // splits
+    tiles_i, tiles_j, each = -(-m // _TILE), grid[0], grid[2] // splits
     loads = stores = 0
     for i in range(tiles_i):
         for j in range(tiles_j):

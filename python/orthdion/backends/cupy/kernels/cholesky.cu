@@ -10,31 +10,40 @@ constexpr int TILE = 64;
 
 DEVICE bool asked(const int* flags, int mask, int k) { return !mask || (fetch(flags + k) & mask); }
 
-// A ← D⁻¹ A D⁻¹ with D² = diag A; least_j = (tol·max D / D_j)², what a pivot must exceed. One block a matrix.
+// Norms of which `finish` makes bounds: largest sums of absolute values along rows and down columns of T and of S, of the
+// equilibrated ones (0 to 3) and of the real ones (4 to 7), as the bits of doubles that are not negative.
+constexpr int NORMS = 8;
+
+// D⁻¹ A D⁻¹ with D² = diag A; least_j = (tol·max D / D_j)², what a pivot must exceed; norms are set to 0. A block takes 64
+// rows, of all columns.
 extern "C" __global__ void __launch_bounds__(256) equilibrate(
-    double* a, double* diagonal, double* least, int r, double tol, const int* flags, int mask) {
-  __shared__ double slots[8];
-  int k = blockIdx.x;
+    const double* a, double* scaled, double* diagonal, double* least, u64* norms, int r, double tol, const int* flags,
+    int mask) {
+  __shared__ double slots[8], back[TILE];
+  int k = blockIdx.y, i0 = blockIdx.x * TILE, rows = r - i0 < TILE ? r - i0 : TILE;
   if (!asked(flags, mask, k)) return;
   a += (i64)k * r * r;
+  scaled += (i64)k * r * r;
   double top = 0.0;
   for (int j = threadIdx.x; j < r; j += 256) {
     double d = sqrt(fetch(a + (i64)j * r + j));
-    put(diagonal + (i64)k * r + j, d);
     top = d > top ? d : top;
   }
   top = block_max(top, slots);
+  if (threadIdx.x < rows) {
+    double d = sqrt(fetch(a + (i64)(i0 + threadIdx.x) * (r + 1))), relative = tol * top / d;
+    back[threadIdx.x] = d > 0.0 ? 1.0 / d : 0.0;
+    put(diagonal + (i64)k * r + i0 + threadIdx.x, d);
+    put(least + (i64)k * r + i0 + threadIdx.x, relative * relative);
+  }
+  if (blockIdx.x == 0 && threadIdx.x < NORMS) put(norms + k * NORMS + threadIdx.x, (u64)0);
   __syncthreads();
   for (int j = threadIdx.x; j < r; j += 256) {
-    double relative = tol * top / fetch(diagonal + (i64)k * r + j);
-    put(least + (i64)k * r + j, relative * relative);
-  }
-  for (int i = threadIdx.x / 32; i < r; i += 8) {
-    double of_row = fetch(diagonal + (i64)k * r + i);
-    for (int j = threadIdx.x % 32; j < r; j += 32) {
-      double both = of_row * fetch(diagonal + (i64)k * r + j);
-      double* at = a + (i64)i * r + j;
-      put(at, both > 0.0 ? fetch(at) / both : 0.0);
+    double d = sqrt(fetch(a + (i64)j * (r + 1))), of_column = d > 0.0 ? 1.0 / d : 0.0;
+    for (int i = 0; i < rows; i++) {
+      i64 at = (i64)(i0 + i) * r + j;
+      double both = back[i] * of_column;
+      put(scaled + at, both > 0.0 ? fetch(a + at) * both : 0.0);
     }
   }
 }
@@ -94,44 +103,81 @@ extern "C" __global__ void __launch_bounds__(256) cholesky_tile(
   }
 }
 
-// The largest sums of absolute values along rows and down columns of an upper triangle, of row i and column j scaled:
-// their geometric mean bounds its spectral norm. Every thread gets it.
-template <class Scale>
-DEVICE double bound(const double* u, int r, Scale scale, double* slots) {
-  double rows = 0.0, columns = 0.0;
-  for (int i = threadIdx.x / 32; i < r; i += 8) {
-    double sum = 0.0;
-    for (int j = i + threadIdx.x % 32; j < r; j += 32) sum += fabs(fetch(u + (i64)i * r + j)) * scale(i, j);
+// Adds what 64 rows and 64 columns of an upper triangle have to its norms: plain, and of row i scaled by `left` and
+// column j by `right` (or by nothing).
+DEVICE void add_norms(
+    const double* u, int r, int first, const double* left, const double* right, double (*slots)[4][TILE], u64* plain,
+    u64* scaled) {
+  int last = first + TILE < r ? first + TILE : r;
+  double top = 0.0, top_scaled = 0.0;
+  for (int i = first + threadIdx.x / 32; i < last; i += 8) {
+    double sum = 0.0, of_scaled = 0.0;
+    for (int j = i + threadIdx.x % 32; j < r; j += 32) {
+      double x = fabs(fetch(u + (i64)i * r + j));
+      sum += x;
+      of_scaled += right ? x * fetch(right + j) : x;
+    }
     sum = warp_sum(sum);
-    rows = sum > rows ? sum : rows;
+    of_scaled = warp_sum(of_scaled);
+    if (left) {
+      double d = fetch(left + i);
+      of_scaled *= d > 0.0 ? 1.0 / d : 0.0;
+    }
+    top = sum > top ? sum : top;
+    top_scaled = of_scaled > top_scaled ? of_scaled : top_scaled;
   }
-  for (int j = threadIdx.x; j < r; j += 256) {
-    double sum = 0.0;
-    for (int i = 0; i <= j; i++) sum += fabs(fetch(u + (i64)i * r + j)) * scale(i, j);
-    columns = sum > columns ? sum : columns;
+  if (threadIdx.x % 32 == 0) {
+    atomicMax(plain, (u64)__double_as_longlong(top));
+    atomicMax(scaled, (u64)__double_as_longlong(top_scaled));
   }
-  return sqrt(block_max(rows, slots) * block_max(columns, slots));
+  // Neighbouring threads take neighbouring columns; four share one.
+  int j = first + threadIdx.x % TILE, part = threadIdx.x / TILE;
+  double sum = 0.0, of_scaled = 0.0;
+  if (j < r)
+    for (int i = part; i <= j; i += 4) {
+      double x = fabs(fetch(u + (i64)i * r + j)), d = left ? fetch(left + i) : 1.0;
+      sum += x;
+      of_scaled += d > 0.0 ? x / d : 0.0;
+    }
+  __syncthreads();
+  slots[0][part][threadIdx.x % TILE] = sum;
+  slots[1][part][threadIdx.x % TILE] = of_scaled;
+  __syncthreads();
+  if (threadIdx.x >= TILE || j >= r) return;
+  sum = of_scaled = 0.0;
+  for (int p = 0; p < 4; p++) {
+    sum += slots[0][p][threadIdx.x];
+    of_scaled += slots[1][p][threadIdx.x];
+  }
+  if (right) of_scaled *= fetch(right + j);
+  atomicMax(plain + 1, (u64)__double_as_longlong(sum));
+  atomicMax(scaled + 1, (u64)__double_as_longlong(of_scaled));
 }
 
-// T ← T D and S ← D⁻¹ S: the factors of the matrix as it was. Norm bounds, before and after. A condition
-// beyond `gate` raises the flag. One block a matrix.
+// Of T and S, and of T D and D⁻¹ S. A block takes 64 rows and columns.
+extern "C" __global__ void __launch_bounds__(256) measure(
+    const double* t, const double* s, const double* diagonal, u64* norms, int r, const int* flags, int mask) {
+  __shared__ double slots[2][4][TILE];
+  int k = blockIdx.y, first = blockIdx.x * TILE;
+  if (!asked(flags, mask, k)) return;
+  diagonal += (i64)k * r;
+  norms += k * NORMS;
+  add_norms(t + (i64)k * r * r, r, first, nullptr, diagonal, slots, norms, norms + 4);
+  __syncthreads();
+  add_norms(s + (i64)k * r * r, r, first, diagonal, nullptr, slots, norms + 2, norms + 6);
+}
+
+// T ← T D and S ← D⁻¹ S: the factors of the matrix as it was. The geometric mean of a matrix's largest sums along rows and
+// down columns bounds its spectral norm. A condition beyond `gate` raises the flag. A block takes 64 rows.
 extern "C" __global__ void __launch_bounds__(256) finish(
-    double* t, double* s, const double* diagonal, double* bounds, int r, double gate, int* flags, int mask) {
-  __shared__ double slots[8];
-  int k = blockIdx.x;
+    double* t, double* s, const double* diagonal, const u64* norms, double* bounds, int r, double gate, int* again,
+    const int* flags, int mask) {
+  int k = blockIdx.y, first = blockIdx.x * TILE, last = first + TILE < r ? first + TILE : r;
   if (!asked(flags, mask, k)) return;
   t += (i64)k * r * r;
   s += (i64)k * r * r;
   diagonal += (i64)k * r;
-  auto plain = [](int, int) { return 1.0; };
-  double unit_norm = bound(t, r, plain, slots), unit_inverse = bound(s, r, plain, slots);
-  double norm = bound(t, r, [&](int, int j) { return fetch(diagonal + j); }, slots);
-  double inverse = bound(s, r, [&](int i, int) {
-    double d = fetch(diagonal + i);
-    return d > 0.0 ? 1.0 / d : 0.0;
-  }, slots);
-  __syncthreads();
-  for (int i = threadIdx.x / 32; i < r; i += 8) {
+  for (int i = first + threadIdx.x / 32; i < last; i += 8) {
     double d = fetch(diagonal + i), back = d > 0.0 ? 1.0 / d : 0.0;
     for (int j = i + threadIdx.x % 32; j < r; j += 32) {
       i64 at = (i64)i * r + j;
@@ -139,29 +185,50 @@ extern "C" __global__ void __launch_bounds__(256) finish(
       put(s + at, fetch(s + at) * back);
     }
   }
-  if (threadIdx.x) return;
-  put(bounds + k * BOUNDS + CONDITION, unit_norm * unit_inverse);
-  put(bounds + k * BOUNDS + INVERSE, unit_inverse);
-  put(bounds + k * BOUNDS + NORM, norm);
-  put(bounds + k * BOUNDS + INVERSE_NORM, inverse);
-  if (unit_norm * unit_inverse > gate) put(flags + k, fetch(flags + k) | 1);
+  if (threadIdx.x || blockIdx.x) return;
+  double of[NORMS / 2];
+  for (int i = 0; i < NORMS / 2; i++) {
+    double rows = __longlong_as_double((i64)fetch(norms + k * NORMS + 2 * i));
+    of[i] = sqrt(rows * __longlong_as_double((i64)fetch(norms + k * NORMS + 2 * i + 1)));
+  }
+  put(bounds + k * BOUNDS + CONDITION, of[0] * of[1]);
+  put(bounds + k * BOUNDS + INVERSE, of[1]);
+  put(bounds + k * BOUNDS + NORM, of[2]);
+  put(bounds + k * BOUNDS + INVERSE_NORM, of[3]);
+  if (again) put(again + k, (int)(of[0] * of[1] > gate));
 }
 
-// The polar iteration's start: X = T / ‖T‖, into both of its buffers, and the rounds it takes: bit i of `rounds` is round i.
+// The second Cholesky QR of columns that are orthonormal up to E = Gram − I, small: (I + U)ᵀ(I + U) = I + E up to U's
+// square for U = E's part above the diagonal and half of that on it. T = I + U and S = I − U; columns that are zero stay.
+extern "C" __global__ void __launch_bounds__(256) refine(
+    const double* gram, double* t, double* s, int r, const int* flags) {
+  int k = blockIdx.y;
+  if (!asked(flags, 1, k)) return;
+  i64 of = (i64)k * r * r;
+  for (i64 at = (i64)blockIdx.x * 256 + threadIdx.x; at < (i64)r * r; at += (i64)gridDim.x * 256) {
+    i64 i = at / r, j = at % r;
+    double x = fetch(gram + of + at), u = i < j ? x : i == j && x > 0.0 ? 0.5 * (x - 1.0) : 0.0;
+    put(t + of + at, (i == j) + u);
+    put(s + of + at, (i == j) - u);
+  }
+}
+
+// The polar iteration's start: X = T / ‖T‖, into both of its buffers, and the rounds it takes: bit i of `rounds` is round
+// i. A block takes 64 rows.
 // `lows`: the smallest singular value, relative to the largest, that round i and those after it lift to 1.
 extern "C" __global__ void __launch_bounds__(256) polar_start(
     const double* t, const double* bounds, double* x, double* y, int* rounds, const double* lows, int count, int r) {
-  int k = blockIdx.x;
+  int k = blockIdx.y, last = (blockIdx.x + 1) * TILE < r ? (blockIdx.x + 1) * TILE : r;
   double norm = fetch(bounds + k * BOUNDS + NORM), inverse = fetch(bounds + k * BOUNDS + INVERSE_NORM);
   double scale = norm > 0.0 ? 1.0 / norm : 0.0, low = norm > 0.0 && inverse > 0.0 ? 1.0 / (norm * inverse) : 1.0;
-  for (int i = threadIdx.x / 32; i < r; i += 8)
+  for (int i = blockIdx.x * TILE + threadIdx.x / 32; i < last; i += 8)
     for (int j = threadIdx.x % 32; j < r; j += 32) {
       i64 at = ((i64)k * r + i) * r + j;
       double value = i <= j ? fetch(t + at) * scale : 0.0;
       put(x + at, value);
       put(y + at, value);
     }
-  if (threadIdx.x) return;
+  if (threadIdx.x || blockIdx.x) return;
   int bits = 0;
   for (int i = 0; i < count; i++)
     if (i + 1 == count || fetch(lows + i + 1) > low) bits |= 1 << i;

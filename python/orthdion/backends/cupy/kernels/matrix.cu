@@ -2,6 +2,7 @@
 //
 // A launch handles a block of `rows` × `cols` entries at (row0, col0) of up to 64 matrices as they lie in memory,
 // 32×128 entries a thread block: a warp takes a row of 128, a thread four neighbours of it. `turned`: memory holds Bᵀ.
+// Rows go along x, where a grid may have 2³¹ blocks: along y it may have 65535, which 4 million columns fill.
 #include "common.cuh"
 
 // Where the matrices' operands lie, and the block of them that a launch handles.
@@ -19,8 +20,8 @@ struct Spot {
 };
 
 DEVICE Spot spot(const Place& at, int i) {
-  i64 row = (i64)blockIdx.y * TILE_ROWS + threadIdx.x / 32 + 8 * i;
-  i64 col = (i64)blockIdx.x * TILE_COLS + threadIdx.x % 32 * 4;
+  i64 row = (i64)blockIdx.x * TILE_ROWS + threadIdx.x / 32 + 8 * i;
+  i64 col = (i64)blockIdx.y * TILE_COLS + threadIdx.x % 32 * 4;
   i64 n = row < at.rows ? at.cols - col : 0;
   return {row, col, (int)(n < 0 ? 0 : n > 4 ? 4 : n)};
 }
@@ -42,11 +43,11 @@ DEVICE void put_column_sums(const Place& at, const double sums[4], double* slots
   __syncthreads();
   for (int e = 0; e < 4; e++) slots[threadIdx.x / 32 * TILE_COLS + threadIdx.x % 32 * 4 + e] = sums[e];
   __syncthreads();
-  i64 col = (i64)blockIdx.x * TILE_COLS + threadIdx.x;
+  i64 col = (i64)blockIdx.y * TILE_COLS + threadIdx.x;
   if (threadIdx.x < TILE_COLS && col < at.cols) {
     double total = 0.0;
     for (int w = 0; w < 8; w++) total += slots[w * TILE_COLS + threadIdx.x];
-    put(out + ((i64)blockIdx.z * gridDim.y + blockIdx.y) * at.cols + col, total);
+    put(out + ((i64)blockIdx.z * gridDim.x + blockIdx.x) * at.cols + col, total);
   }
 }
 
@@ -77,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(256) form(
     if (row_sums) {
       along = warp_sum(along);
       if (threadIdx.x % 32 == 0 && s.row < at.rows)
-        put(row_sums + ((i64)k * at.rows + s.row) * gridDim.x + blockIdx.x, along);
+        put(row_sums + ((i64)k * at.rows + s.row) * gridDim.y + blockIdx.y, along);
     }
   }
   if (column_sums) put_column_sums(at, down, slots, column_sums);
@@ -86,15 +87,15 @@ extern "C" __global__ void __launch_bounds__(256) form(
   if (threadIdx.x % 32 == 0) atomicMax(largest + k, top);
 }
 
-// The largest entry on all ranks decides. Infinity: the matrix is lost, and skipped; negative: nobody has a gradient,
-// and it is skipped. Outside of [1/safe, safe] B is multiplied by the power of two that brings it near 1. One thread a
-// matrix.
+// The largest entry on all ranks decides. Infinity, or so large that ‖B‖ ≤ max|B|·`spread` may be beyond single
+// precision, as entries of P Rᵀ may be then: the matrix is lost, and skipped; negative: nobody has a gradient, and it is
+// skipped. Outside of [1/safe, safe] B is multiplied by the power of two that brings it near 1. One thread a matrix.
 extern "C" __global__ void decide(
-    const double* largest, double* sizes, int* skip, int* lost, double safe, int count) {
+    const double* largest, double* sizes, int* skip, int* lost, double safe, double spread, int count) {
   int k = blockIdx.x * blockDim.x + threadIdx.x;
   if (k >= count) return;
   double top = fetch(largest + k), size = 1.0;
-  bool finite = top <= 1.7976931348623157e308;
+  bool finite = top * spread <= 3.4028234663852886e38;
   if (finite && top > 0.0 && !(top > 1.0 / safe && top < safe)) {
     int exponent = -ilogb(top);  // of a subnormal: 2^126 is near enough, and still a number in single precision
     size = ldexp(1.0, exponent > 126 ? 126 : exponent);
@@ -133,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(256) residual_rows(
       along_raw = warp_sum(along_raw);
       along_scaled = warp_sum(along_scaled);
       if (threadIdx.x % 32 == 0 && s.row < at.rows) {
-        i64 to = ((i64)k * at.rows + s.row) * gridDim.x + blockIdx.x;
+        i64 to = ((i64)k * at.rows + s.row) * gridDim.y + blockIdx.y;
         put(raw + to, along_raw);
         put(scaled + to, along_scaled);
       }

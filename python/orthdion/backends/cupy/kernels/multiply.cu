@@ -3,8 +3,9 @@
 //   C = α·A B + β·D + δ·I        A m×k, B k×n, C and D m×n
 //
 // Gram matrices, orthonormal factors, triangular updates and inverses, the polar iteration and completions are all this
-// map. A block of 256 threads makes a 64×64 tile of C; chunks of 16 along k are staged in shared memory while the next
-// one is under way in registers. Blocks of matrices whose flags do not ask for the product return at once.
+// map. A block of 256 threads makes 64×64 tiles of C, of every gridDim.y-th row of tiles; chunks of 16 along k are staged
+// in shared memory while the next one is under way in registers. Blocks of matrices whose flags do not ask for the product
+// return at once; as most never ask, such launches are small.
 // Traffic: reads A (n/64) times and B (m/64) times, from the second-level cache but for the first; writes C.
 #include "common.cuh"
 
@@ -58,10 +59,11 @@ struct FromMomentum {
 };
 
 template <class A>
-DEVICE void product_tile(const Product& p, const A& a, bool rows_contiguous, i64 k, i64 pair, i64 split, u64 out) {
+DEVICE void product_tile(
+    const Product& p, const A& a, bool rows_contiguous, i64 tile, i64 k, i64 pair, i64 split, u64 out) {
   __shared__ double as[CHUNK][PITCH], bs[CHUNK][PITCH];
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  i64 i0 = (i64)blockIdx.y * TILE, j0 = (i64)blockIdx.x * TILE;
+  i64 i0 = tile * TILE, j0 = (i64)blockIdx.x * TILE;
   i64 lo = p.shape & UPPER_A ? i0 : 0, hi = p.k;
   if (p.shape & UPPER_B && j0 + TILE < hi) hi = j0 + TILE;
   i64 part = ((hi - lo + p.splits - 1) / p.splits + CHUNK - 1) / CHUNK * CHUNK;
@@ -112,7 +114,7 @@ DEVICE void product_tile(const Product& p, const A& a, bool rows_contiguous, i64
 
   i64 c_at = (k + split * gridDim.z / (p.splits * p.pairs)) * p.c.batch + pair * p.c.pair;
   i64 d_at = k * p.d.batch + pair * p.d.pair;
-  bool mirrored = p.shape & SYMMETRIC && blockIdx.x != blockIdx.y;
+  bool mirrored = p.shape & SYMMETRIC && i0 != j0;
 #pragma unroll
   for (int u = 0; u < 2; u++)
 #pragma unroll
@@ -137,13 +139,21 @@ DEVICE bool takes_part(const Product& p, i64& k, i64& pair, i64& split, u64& out
   pair = blockIdx.z % p.pairs;
   int flags = p.flags ? fetch((const int*)p.flags + k) : 0;
   out = flags & p.elsewhere ? p.other : p.c.p;
-  return (flags & p.mask) == p.mask && !(p.shape & (SYMMETRIC | UPPER_C) && blockIdx.y > blockIdx.x);
+  return (flags & p.mask) == p.mask;
+}
+
+template <class A>
+DEVICE void product(const Product& p, const A& a, bool rows_contiguous, i64 k, i64 pair, i64 split, u64 out) {
+  // Of symmetric and of upper triangular results, tiles on and above the diagonal.
+  i64 tiles = p.shape & (SYMMETRIC | UPPER_C) ? blockIdx.x + 1 : (p.m + TILE - 1) / TILE;
+  for (i64 tile = blockIdx.y; tile < tiles && tile * TILE < p.m; tile += gridDim.y)
+    product_tile(p, a, rows_contiguous, tile, k, pair, split, out);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) multiply(Product p) {
   i64 k, pair, split;
   u64 out;
-  if (takes_part(p, k, pair, split, out)) product_tile(p, Plain(p, k, pair), p.a.row == 1, k, pair, split, out);
+  if (takes_part(p, k, pair, split, out)) product(p, Plain(p, k, pair), p.a.row == 1, k, pair, split, out);
 }
 
 // The same with A formed from momenta and gradients.
@@ -153,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(256) multiply_formed(Product p, For
   if (!takes_part(p, k, pair, split, out)) return;
   double size = fetch((const double*)f.sizes + k), of_m = size * f.of_plus;
   FromMomentum a = {ms.p[k], gs.p[k], f, of_m, (of_m + size * f.extra) * f.sign};
-  product_tile(p, a, f.row_m == 1, k, pair, split, out);
+  product(p, a, f.row_m == 1, k, pair, split, out);
 }
 
 // out[matrix][i] (+)= Σ_t parts[matrix·of + t·step + i·by], in that order. One thread an entry.
