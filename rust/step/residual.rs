@@ -348,10 +348,8 @@ mod tests {
         let b = m.mix(1.0, 1.0, &g);
         let (t, ..) = by_hand(&b, &p, &r, &of_columns);
         let mut scaled = t.clone();
-        for i in 0..rows {
-            for j in 0..cols {
-                scaled.data[i * cols + j] *= of_columns[j] * of_rows[i];
-            }
+        for (row, by) in scaled.data.chunks_mut(cols).zip(&of_rows) {
+            row.iter_mut().zip(&of_columns).for_each(|(x, c)| *x *= c * by);
         }
         let (columns, scales) = (&of_columns[..], &of_rows[..]);
         for (residual, added) in [

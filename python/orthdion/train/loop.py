@@ -117,13 +117,13 @@ def train(
         if progress:
             progress(done, loss, speed)
         if done % config.eval_every == 0 or done == config.steps:
-            seen = {"step": done, "loss": loss, "validation": _evaluate(model, inputs, targets), "lr": factor}
+            seen = {"step": done, "loss": loss, "validation": evaluate(model, inputs, targets), "lr": factor}
             metrics.add({**seen, "seconds": before_break + spent, "tokens_per_second": speed})
         if out is not None and (done % config.checkpoint_every == 0 or done == config.steps):
             state = {"step": done, "config": asdict(config), "text": corpus.checksum()}
             _save(out, state, model, optimizers, alone)
     steps = max(config.steps - first, 1)
-    last = metrics.rows[-1] if metrics.rows else {"loss": loss, "validation": _evaluate(model, inputs, targets)}
+    last = metrics.rows[-1] if metrics.rows else {"loss": loss, "validation": evaluate(model, inputs, targets)}
     return Result(
         config=config,
         lr=float(optimizers[0].defaults["lr"]),
@@ -187,7 +187,7 @@ def _clip(model: nn.Module, optimizers: list[Optimizer], most: float) -> None:
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, size: int = 64) -> float:
+def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, size: int = 64) -> float:
     model.eval()
     parts = zip(inputs.split(size), targets.split(size), strict=True)
     total = sum(float(loss_of(model, x, y)) * len(x) for x, y in parts)
