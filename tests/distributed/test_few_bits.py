@@ -32,7 +32,7 @@ def test_stacks_and_convolutions_are_matrices_here_too(world, bits):
 def test_bytes_are_those_of_the_rows_and_of_the_longest_share(world, size, bits):
     """Half of all rows' bytes go to their owners, and half of as many shares of the longest come back."""
     shapes = [(32, 20), (40, 24), (17, 9)]
-    _, _, _, sent = world(size).run(few.few_bits_equal_the_hand, shapes, 1, bits, False)[0]
+    _, _, _, sent = world(size).run(few.few_bits_equal_the_hand, shapes, 2, bits, False)[0]
     rows = [row_bytes(n, bits) for m, n in shapes for _ in range(m)]
     total, shares, start = sum(rows), [0] * size, 0
     for width in rows:  # a row belongs to the rank in whose share of all bytes it begins
