@@ -20,7 +20,7 @@ __all__ = ["check", "on_replicas", "over"]
 
 #: Rules that choose by their numbers what a rank sends: all ranks together send what is planned for all.
 BY_NUMBERS = ("dion2", "dion3")
-#: Rules that send either of some contents, as the numbers' conditioning has it: what is planned is for good ones, and the
+#: Rules that send either of some contents, as the conditioning has it: the plan is for good ones, and the
 #: rest of what is sent is held to the plan.
 BY_CONDITION = {"mofasgd": ("gram", "triangles")}
 #: How many checks there were.
