@@ -1,8 +1,33 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+
+from orthdion import cli
 
 
 @pytest.fixture(autouse=True)
 def two_threads():
     """The same number of threads everywhere, whatever the machine has."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def orthdion_cli(monkeypatch, capsys):
+    """The command line, in this process: code, stdout and stderr."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["orthdion", *map(str, args)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as e:
+            code = e.code or 0
+        said = capsys.readouterr()
+        return SimpleNamespace(code=code, out=said.out, err=said.err)
+
+    return run
