@@ -21,6 +21,7 @@ from ..numerics.rounding import rounded
 from ..requests import (
     ALONE,
     Average,
+    AverageChanges,
     Blend,
     Columns,
     CompressedMean,
@@ -34,6 +35,7 @@ from ..requests import (
     Matrix,
     NewtonSchulz,
     Pack,
+    PackChange,
     Polar,
     Precision,
     Product,
@@ -65,6 +67,7 @@ class TorchBackend:
     fused: Mapping[type[Form], Fused] = {}
     _METHODS: ClassVar[dict[type[Request], str]] = {
         Average: "average",
+        AverageChanges: "average_changes",
         Columns: "columns",
         CompressedMean: "compressed_mean",
         Energies: "energies",
@@ -75,6 +78,7 @@ class TorchBackend:
         MatMul: "matmul",
         NewtonSchulz: "newton_schulz",
         Pack: "pack",
+        PackChange: "pack_change",
         Polar: "polar",
         Product: "product",
         ResidualMatrix: "residual_matrix",
@@ -172,9 +176,20 @@ class TorchBackend:
         """From bits to bits."""
         return bits.average(q.packed, q.columns, q.bits, q.dtype)
 
-    def compressed_mean(self, q: CompressedMean) -> Tensor:
-        """Of a rank that is alone: packed twice, as its own owner."""
+    def pack_change(self, q: PackChange) -> tuple[Tensor, Tensor]:
+        """In bits."""
+        return bits.pack_change(q.tensor, q.memory, q.bits, q.fade)
+
+    def average_changes(self, q: AverageChanges) -> tuple[Tensor, Tensor]:
+        """From bits to bits."""
+        return bits.average_changes(q.packed, q.tensor, q.memory, q.own, q.bits, q.fade)
+
+    def compressed_mean(self, q: CompressedMean) -> Any:
+        """Of a rank that is alone, as its own owner: packed twice, or with a memory once."""
         n, dtype = q.tensor.shape[1], q.tensor.dtype
+        if q.memory is not None:
+            packed = self.pack(Pack(q.tensor, q.bits))
+            return self.unpack(Unpack(packed, n, q.bits, dtype)), q.memory * q.fade
         mean = self.average(Average(self.pack(Pack(q.tensor, q.bits))[None], n, q.bits, dtype))
         return self.unpack(Unpack(mean, n, q.bits, dtype))
 
@@ -257,14 +272,18 @@ class TorchBackend:
         return w.outcome(q.null, q.figures)
 
     def keep(self, q: LowRankUpdate) -> None:
-        """Stores the next step's Q."""
+        """Stores the next step's Q, and the states that the request brings."""
         self._store(q.b.w, q.b.w.state["Q"], q.q)
+        self._keep(q.b.w, q.states)
+
+    def _keep(self, w: Matrix, states: dict[str, Tensor]) -> None:
+        for name, value in states.items():
+            self._store(w, w.state[name], value)
 
     def update(self, q: Update) -> Any:
         """X and states."""
         self._descend(q.w, q.direction, q.lr, q.weight_decay, q.scale)
-        for name, value in q.states.items():
-            self._store(q.w, q.w.state[name], value)
+        self._keep(q.w, q.states)
         return q.w.outcome()
 
     def _descend(self, w: Matrix, d: Tensor, lr: Any, weight_decay: Any, scale: float) -> None:

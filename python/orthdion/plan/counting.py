@@ -193,9 +193,9 @@ def _from_others(q: Any) -> Any:
     """The shape of what other ranks answer; what that costs is counted where it is asked."""
     if isinstance(q, Gather):
         return q.tensor.new_empty(q.group.size, *q.tensor.shape)
-    if isinstance(q, Factor):
+    if isinstance(q, (Factor, CompressedMean)):
         return cost_of(q).answer
-    if isinstance(q, (Reduce, Whole, CompressedMean)):
+    if isinstance(q, (Reduce, Whole)):
         return torch.empty_like(q.tensor)
     raise NotImplementedError(
         f"nobody has said what shape other ranks' answer to {type(q).__name__} has, so no rule that makes it can be "

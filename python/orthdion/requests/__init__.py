@@ -10,6 +10,7 @@ from .groups import ALONE, Group, Layout
 from .matrix import Blend, Deferred, Extent, Matrix, Noise, Outcome, Precision, Report, Rounding
 from .requests import (
     Average,
+    AverageChanges,
     Body,
     Columns,
     CompressedMean,
@@ -22,6 +23,7 @@ from .requests import (
     MatMul,
     NewtonSchulz,
     Pack,
+    PackChange,
     Polar,
     Product,
     Reduce,
@@ -42,6 +44,7 @@ from .requests import (
 __all__ = [
     "ALONE",
     "Average",
+    "AverageChanges",
     "Blend",
     "Body",
     "Columns",
@@ -65,6 +68,7 @@ __all__ = [
     "Noise",
     "Outcome",
     "Pack",
+    "PackChange",
     "Polar",
     "Precision",
     "Product",
