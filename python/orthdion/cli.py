@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 try:
-    import matplotlib  # noqa: F401
+    if find_spec("matplotlib") is None:
+        raise ImportError("no matplotlib", name="matplotlib")
     import typer
     from rich.box import SIMPLE
     from rich.console import Console
