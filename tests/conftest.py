@@ -4,7 +4,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from orthdion import cli
+
+def pytest_collection_modifyitems(items):
+    """With several workers (pytest -n 2 --dist loadgroup) a file's tests stay together, and so do those with process
+    groups, which would take each other's time.
+    """
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "distributed" else item.path.name))
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +23,7 @@ def two_threads():
 @pytest.fixture
 def orthdion_cli(monkeypatch, capsys):
     """The command line, in this process: code, stdout and stderr."""
+    from orthdion import cli
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["orthdion", *map(str, args)])
