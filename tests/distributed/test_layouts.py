@@ -80,11 +80,17 @@ OTHERS = [
 #: Rules that average something else than gradients over replicas.
 NUMUON = {"optimizer": "numuon", "rank_fraction": 0.3, "step_fraction": 0.15}
 DEMO = {"optimizer": "demo", "top_k": 5, "chunk": 8}
+#: What is done to directions: norms and rows are of the whole matrix.
+CONTROLLED = [
+    {"optimizer": "muon", "hyperball": True},
+    {"optimizer": "completed-dion", "residual": "linear", "hyperball": True, "row_variance": 0.9},
+    {"optimizer": "orth-dion", "rank_fraction": 0.5, "row_variance": 0.9},
+]
 
 
 @pytest.mark.parametrize(("size", "layout"), WORLDS)
 def test_a_sharded_step_of_any_rule_is_one_processs_step(world, size, layout):
-    for options in [*OTHERS, NUMUON, DEMO]:
+    for options in [*OTHERS, NUMUON, DEMO, *CONTROLLED]:
         for error, same, _ in world(size).run(
             cases.layout_equals_one_process, layout, SHAPES, 4, torch.float64, options
         ):
@@ -136,6 +142,7 @@ def test_the_backends_take_the_same_sharded_step(world, size, layout, form):
         {"optimizer": "mofasgd", "rank_fraction": 0.5},
         {"optimizer": "numuon", "rank_fraction": 0.5, "step_fraction": 0.3},
         {"optimizer": "demo", "top_k": 5, "chunk": 8},
+        {"optimizer": "orth-dion", "rank_fraction": 0.5, "hyperball": True, "row_variance": 0.9},
         {"optimizer": "signed-momentum-of-tests"},
     ],
     ids=str,

@@ -1,6 +1,7 @@
 """Whole optimizer steps through the host code of the CUDA backend, its kernels on the shim, against plain torch."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -69,6 +70,26 @@ def test_every_option_equals_plain_torch(shim, options):
     shapes = [(70, 40), (40, 150), (17, 17)]
     ours, theirs = (run(b, shapes, 3, rank_fraction=0.5, **options) for b in ("cupy", "torch"))
     assert distance(ours, theirs) < 5e-5
+
+
+@pytest.mark.parametrize(
+    "options", [{"hyperball": True}, {"row_variance": 0.9}, {"hyperball": True, "row_variance": 0.9}]
+)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_what_is_done_to_directions_equals_plain_torch(shim, residual, options):
+    """The last matrix is zero: with a norm to keep it is skipped, and counted."""
+    found = []
+    for backend in ("cupy", "torch"):
+        o, params = run(backend, [(70, 40), (40, 150)], 3, rank_fraction=0.5, residual=residual, **options)
+        zero = parameter(torch.zeros(20, 10), randn(20, 10))
+        o.add_param_group({"params": [zero], **options})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            o.step()
+        assert bool(zero.detach().any()) != ("hyperball" in options)
+        assert sum(o.skipped_steps.values()) == ("hyperball" in options)
+        found.append((o, [*params, zero]))
+    assert distance(*found) < 5e-5
 
 
 @settings(max_examples=16, deadline=None)

@@ -190,7 +190,9 @@ class RustBackend(TorchBackend):
         rows, numbers, scales = [], [], []
         for q in qs:
             w, u, alpha, extra = q.b.w, q.v, 0.0, q.r
-            if q.residual is not None:
+            if q.direction is not None:
+                u, alpha, extra = torch.zeros_like(q.v), 1.0, q.direction
+            elif q.residual is not None:
                 if q.residual.alpha is not None:
                     alpha = float(q.residual.alpha)
                 if kind == "share":
@@ -213,6 +215,8 @@ class RustBackend(TorchBackend):
 
 def _kind(q: LowRankUpdate) -> Literal["share", "given", "scaled", "missed"]:
     """What is added to P Vᵀ: a share of B, T as it is given, or T with scaled columns and rows, given or not."""
+    if q.direction is not None:
+        return "given"
     if q.residual is None or (q.residual.columns is None and q.residual.given is None):
         return "share"
     if q.residual.columns is None:

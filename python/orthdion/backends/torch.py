@@ -24,6 +24,7 @@ from ..requests import (
     Blend,
     Columns,
     CompressedMean,
+    Direction,
     Energies,
     Factor,
     Form,
@@ -33,6 +34,7 @@ from ..requests import (
     MatMul,
     Matrix,
     NewtonSchulz,
+    Norms,
     Pack,
     Polar,
     Precision,
@@ -67,6 +69,7 @@ class TorchBackend:
         Average: "average",
         Columns: "columns",
         CompressedMean: "compressed_mean",
+        Direction: "direction",
         Energies: "energies",
         Factor: "factor",
         Gram: "gram",
@@ -74,6 +77,7 @@ class TorchBackend:
         Map: "map",
         MatMul: "matmul",
         NewtonSchulz: "newton_schulz",
+        Norms: "norms",
         Pack: "pack",
         Polar: "polar",
         Product: "product",
@@ -186,13 +190,25 @@ class TorchBackend:
         squares = t.square()
         return squares.sum(1), squares.sum(0)
 
+    def norms(self, q: Norms) -> Tensor:
+        """Some rows at a time, as copies in double are large."""
+        rows = max((1 << 18) // max(q.x.shape[1], 1), 1) if q.x.device.type == "cpu" else max(len(q.x), 1)
+        total = double(q.x.new_zeros(3))
+        for x, d in zip(q.x.split(rows), q.d.split(rows), strict=True):
+            x, d = double(x), double(d)
+            total += torch.stack([x.square().sum(), (x * d).sum(), d.square().sum()])
+        return total
+
     # ------------------------------------------------------------ blends
 
     def _formed(self, b: Blend) -> Tensor:
-        if b.formed is None:
-            dtype = b.w.precision.dtype
-            b.formed = (b.cm * b.m.to(dtype) + b.cg * b.w.g.to(dtype)) * b.size
-        return b.formed  # type: ignore[no-any-return]
+        if isinstance(b.formed, Tensor):
+            return b.formed
+        dtype = b.w.precision.dtype
+        found = (b.cm * b.m.to(dtype) + b.cg * b.w.g.to(dtype)) * b.size
+        if b.formed is None:  # another backend's room stays its own
+            b.formed = found
+        return found
 
     def sketch(self, q: Sketch) -> tuple[Tensor, Tensor]:
         """``B Q`` and max |B|"""
@@ -237,17 +253,9 @@ class TorchBackend:
 
     def low_rank_update(self, q: LowRankUpdate) -> Any:
         """X, M and Q."""
-        w, residual, (a, b) = q.b.w, q.residual, q.feedback
+        w, (a, b) = q.b.w, q.feedback
         dtype, precision = w.precision.dtype, w.precision
-        d = self._matmul(q.p, q.v.T, precision)
-        if residual is not None:
-            t = residual.given
-            if t is None:
-                t = self.residual_matrix(ResidualMatrix(q.b, q.p, q.r))
-            if residual.alpha is not None:
-                d = d + (double(t) * residual.alpha).to(d.dtype)
-            elif residual.columns is not None and residual.rows is not None:
-                d = d + (double(t) * residual.columns * residual.rows[:, None]).to(d.dtype)
+        d = self.direction(Direction(q)) if q.direction is None else q.direction
         plus = a * (q.b.m.to(dtype) + math.copysign(1.0, q.b.cg) * w.g.to(dtype))
         if a != b:
             plus = plus - (a - b) / q.b.size * self._matmul(q.p, q.fed.T, precision)
@@ -256,9 +264,24 @@ class TorchBackend:
         self.keep(q)
         return w.outcome(q.null, q.figures)
 
+    def direction(self, q: Direction) -> Tensor:
+        """``P Vᵀ`` and what is added to it."""
+        of, residual = q.of, q.of.residual
+        d = self._matmul(of.p, of.v.T, of.b.w.precision)
+        if residual is not None:
+            t = residual.given
+            if t is None:
+                t = self.residual_matrix(ResidualMatrix(of.b, of.p, of.r))
+            if residual.alpha is not None:
+                d = d + (double(t) * residual.alpha).to(d.dtype)
+            elif residual.columns is not None and residual.rows is not None:
+                d = d + (double(t) * residual.columns * residual.rows[:, None]).to(d.dtype)
+        return d
+
     def keep(self, q: LowRankUpdate) -> None:
-        """Stores the next step's Q."""
-        self._store(q.b.w, q.b.w.state["Q"], q.q)
+        """Stores the next step's Q, and further states."""
+        for name, value in {"Q": q.q, **q.states}.items():
+            self._store(q.b.w, q.b.w.state[name], value)
 
     def update(self, q: Update) -> Any:
         """X and states."""

@@ -76,7 +76,7 @@ class Entry:
         if g.is_neg():
             g = g.resolve_neg()
         if made is None or not known:
-            self._follow(state, deferred)
+            self._follow(state, rule, deferred)
             made = self._look(g, state, rule, layout, copies)
         if self.rule.elementwise:
             row = _row(g, made[0].x, local(self.p)) if known else made[0].g
@@ -121,11 +121,11 @@ class Entry:
                 raise StateError(f"its state {key!r} has shape {tuple(state[key].shape)}, not {tuple(need)}")
         self._fits = now
 
-    def _follow(self, state: dict[str, Tensor], deferred: bool) -> None:
+    def _follow(self, state: dict[str, Tensor], rule: Rule, deferred: bool) -> None:
         """Moves the states to where the model has been moved since they were made."""
         device = self.p.device
         for key, t in state.items():
-            if base_name(key) in self.rule.states and t.device != device and (t.ndim or deferred):
+            if base_name(key) in rule.kept and t.device != device and (t.ndim or deferred):
                 state[key] = t.to(device)
 
     def lies_as_before(self, state: dict[str, Tensor], layout: Layout) -> bool:
@@ -146,7 +146,7 @@ class Entry:
             found = self._matrices(state, rule, layout, copies)
         # A DTensor's local part may be another object at each step.
         if self.placed.mesh is None and len(copies.made) == before:
-            kept = ((key, t) for key, t in state.items() if base_name(key) in rule.states)
+            kept = ((key, t) for key, t in state.items() if base_name(key) in rule.kept)
             self._states = tuple((key, t, t.data_ptr()) for key, t in kept)
             self._key = (p.data_ptr(), p.stride(), layout)
             self.seen = found

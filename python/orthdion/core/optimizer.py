@@ -283,7 +283,7 @@ class MatrixOptimizer(Members):
 
     def _checked_when_fused(self, entry: Entry, rule: Rule) -> bool:
         """Whether a backend's own step looks for NaN and infinity."""
-        form = rule.fused()
+        form = rule.in_one_piece()
         return form is not None and type(form) in get(choose(self._backend, entry.p.device, entry.p.dtype)[0]).fused
 
     def _warn_if_synchronised(self, given: Sequence[Given]) -> None:
@@ -306,8 +306,10 @@ class MatrixOptimizer(Members):
             self._skips.counts[self._name(p)] += 1
         if (self._skips.close_step() or found) and self._skips.news():
             name = self._name(found[0]) if found else "a parameter"
+            kept = any(group.get("hyperball") for group in self.param_groups)
+            balls = ", or with hyperball its weight has no norm to keep, as it is zero" if kept else ""
             warnings.warn(
-                f"the gradient or a state of {name} holds NaN or infinity: it was not stepped. "
+                f"the gradient or a state of {name} holds NaN or infinity{balls}: it was not stepped. "
                 "Further ones are counted in optimizer.skipped_steps; a state is started afresh by "
                 "optimizer.reset_state(p)",
                 stacklevel=6,

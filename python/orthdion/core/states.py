@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def stored(fold: Fold | None, rule: Rule, sides: Sides, at: tuple[str, Tensor, P
         NotImplementedError: where a state would have to be split other than the parameter is.
     """
     found: dict[str, Stored] = {}
-    for name, state in rule.states.items():
+    for name, state in rule.kept.items():
         if state.axes == ():
             found[name] = Stored(name, state, (), torch.Size(()), {})
         elif fold is None or set(state.axes) == {"rows", "cols"}:
@@ -164,6 +164,7 @@ def _stored(
     """Of a state of each matrix: the stack's axis, the parts', and then its own."""
     upright: Axis = "cols" if flip else "rows"
     across: Axis = "rows" if flip else "cols"
+    state = replace(state, axes=tuple(upright if a == "out" else a for a in state.axes))
     several = fold.parts > 1
     rows = fold.rows if several else fold.sizes[0]
     sizes: dict[Axis, int] = {upright: rows, across: fold.cols, "rank": max(sides.ranks[k] for k in parts)}

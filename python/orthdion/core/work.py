@@ -12,6 +12,7 @@ from ..backends import get
 from ..distributed import Communicator
 from ..requests import Body, Deferred, Matrix, Outcome, Report
 from .capture import Skips
+from .control import body
 from .rule import Rule
 from .runtime import Runtime
 
@@ -39,7 +40,7 @@ class Work:
         """
         known = self._form.get(id(rule), self)
         if known is self:
-            known = rule.fused(diagnostics=diagnostics, bfloat16=rounding == "bfloat16")
+            known = rule.in_one_piece(diagnostics=diagnostics, bfloat16=rounding == "bfloat16")
             self._form[id(rule)] = known = known if type(known) in self.backend.fused else None
         return known
 
@@ -64,7 +65,7 @@ class Work:
                 kept = self._kept.setdefault(kind, {})
                 done.append((owners, self.backend.fused[kind](matrices, forms, kept)))
         if self.bodies:
-            bodies: list[Body[Outcome]] = [rule.step(w) for _, w, rule in self.bodies]
+            bodies: list[Body[Outcome]] = [body(rule, w) for _, w, rule in self.bodies]
             runtime = Runtime(comm, self.backend)
             outcomes = runtime.run(bodies, [w.offset for _, w, _ in self.bodies], self._together())
             kept = [(p, o) for (p, _, _), o in zip(self.bodies, outcomes, strict=True) if not _idle(o)]
