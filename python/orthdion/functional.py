@@ -102,6 +102,10 @@ def step(
     """
     made = _made(rule, options)
     flip = _oriented(made, x)
+    if made.weight_rounding != "nearest":
+        raise ValueError(
+            "weight_rounding draws by the number of the step, which single steps do not know; leave it out"
+        )
     if g.shape != x.shape:
         raise ValueError(f"g must have x's shape {tuple(x.shape)}, not {tuple(g.shape)}")
     if missing := made.kept.keys() - state.keys():

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..numerics import bits, orthonormal
 from ..numerics import newton_schulz as ns
 from ..numerics.orthonormal import double
-from ..numerics.rounding import rounded
+from ..numerics.rounding import drawn, rounded, words
 from ..requests import (
     ALONE,
     Average,
@@ -25,6 +25,7 @@ from ..requests import (
     Columns,
     CompressedMean,
     Direction,
+    Draws,
     Energies,
     Factor,
     Form,
@@ -302,7 +303,19 @@ class TorchBackend:
         decayed = (1.0 - lr * weight_decay) * wide
         if w.cautious:
             decayed = torch.where(wide.sign() * d.sign() < 0, wide, decayed)
-        self._store(w, x, decayed - lr * scale * d)
+        found = decayed - lr * scale * d
+        if w.draws is None:
+            self._store(w, x, found)
+        elif w.skip is None:
+            self.draw(x, found, w.draws)
+        else:
+            there = x.clone()
+            self.draw(there, found, w.draws)
+            x.copy_(torch.where(w.skip, x, there))
+
+    def draw(self, target: Tensor, value: Tensor, draws: Draws) -> None:
+        """Writes ``value``, float32, each entry as one of its neighbours in the target's format."""
+        target.copy_(drawn(value, words(*draws, target.shape, target.device), target.dtype))
 
     def _store(self, w: Matrix, target: Tensor, value: Tensor) -> None:
         """Writes ``value``, unless the matrix's flag says not to. What is beyond the format's range becomes its largest

@@ -17,8 +17,10 @@ from torch.optim.optimizer import ParamsT
 from .._text import table
 from ..backends import choose, get
 from ..distributed import Meshes, Replicas, Traffic, local
-from ..requests import Body, Layout, Precision, Report
+from ..numerics.rounding import NARROW, key_of
+from ..requests import Body, Draws, Layout, Precision, Report
 from . import gradients
+from .capture import is_capturing
 from .entries import Entry, StateError, has_no_data
 from .fold import Copies
 from .held import Held
@@ -169,7 +171,11 @@ class MatrixOptimizer(Members):
             if g is None:
                 g = torch.zeros_like(local(p))
             deferred = part.deferred
+            key = self._rounding_key(entry, rule)
             made = entry.matrices(g, state, rule, at, copies, known, deferred)
+            if key is not None:
+                for w in made:
+                    w.draws = Draws(key, *w.place)
             whole = at.trivial and skip is None
             if of is None or of[0] is not rule or of[1] is not whole:
                 of = rule, whole
@@ -194,6 +200,22 @@ class MatrixOptimizer(Members):
                 self._check_gradients_overlap()
                 raise
         copies.write_back()
+
+    def _rounding_key(self, entry: Entry, rule: Rule) -> int | None:
+        """Of this step and parameter, if its weights are rounded by draws.
+
+        Raises:
+            RuntimeError: where a graph would freeze the step's number.
+        """
+        p = entry.p
+        if rule.weight_rounding == "nearest" or p.dtype not in NARROW:
+            return None
+        if is_capturing(p.device):
+            raise RuntimeError(
+                "stochastic rounding draws by the number of the step, which a captured graph would freeze: call "
+                "optimizer.step(), or set weight_rounding='nearest'"
+            )
+        return key_of(rule.rounding_seed, entry.index, int(entry.group["step"]))
 
     def _settle(self, entry: Entry, rule: Rule) -> tuple[str, torch.device]:
         """What is kept of a parameter for as long as it lies where it does: its states fit, and a backend serves it.

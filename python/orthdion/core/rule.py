@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..requests import Body, Form, Layout, Matrix, Outcome
-from .options import check_number, flag, number, option
+from .options import check_number, choice, flag, number, option, whole
 
 __all__ = ["OF_MATRICES", "Axis", "Rule", "StateSpec", "States", "row_variance"]
 
@@ -111,6 +111,14 @@ class Rule:
         "makes no difference.",
     )
     row_variance: float | None = row_variance(None)
+    weight_rounding: Literal["nearest", "stochastic"] = choice(
+        "nearest",
+        "nearest",
+        "stochastic",
+        doc='How weights of bfloat16 and float16 are rounded: "nearest", or "stochastic", up or down as is right on '
+        "average, so that small steps are not lost.",
+    )
+    rounding_seed: int = whole(0, 0, doc="Of stochastic rounding; saved, unlike ``seed``.")
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """The step of one matrix: reads, asks, and ends with an update. The gradient is finite, and averaged."""

@@ -54,15 +54,15 @@ class Work:
     def run(self, comm: Communicator, skips: Skips, done: list[Done]) -> None:
         """Steps everything; adds what became of it to ``done``."""
         if self.fused:
-            kinds: dict[type, list[int]] = {}
-            for i, form in enumerate(self.forms):
-                kinds.setdefault(type(form), []).append(i)
-            for kind, index in kinds.items():
+            kinds: dict[tuple[type, bool], list[int]] = {}
+            for i, (form, w) in enumerate(zip(self.forms, self.fused, strict=True)):
+                kinds.setdefault((type(form), w.draws is not None), []).append(i)
+            for (kind, drawn), index in kinds.items():
                 everything = len(index) == len(self.forms)
                 matrices = self.fused if everything else [self.fused[i] for i in index]
                 forms = self.forms if everything else [self.forms[i] for i in index]
                 owners = self.owners if everything else [self.owners[i] for i in index]
-                kept = self._kept.setdefault(kind, {})
+                kept = self._kept.setdefault((kind, drawn), {})
                 done.append((owners, self.backend.fused[kind](matrices, forms, kept)))
         if self.bodies:
             bodies: list[Body[Outcome]] = [body(rule, w) for _, w, rule in self.bodies]

@@ -130,10 +130,10 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
     def _advance(self, given: Sequence[Given], rules: dict[int, Rule]) -> None:
         for one in given:
             rule = rules[id(one.entry.group)]
-            if rule.controlled and self._local_step == "gradient":
+            if (rule.controlled or rule.weight_rounding != "nearest") and self._local_step == "gradient":
                 raise ValueError(
-                    "hyperball and row_variance are for Dion's direction, which local_step='gradient' does not take; "
-                    "use local_step='dion', or leave them out"
+                    "hyperball, row_variance and weight_rounding are for steps of Dion, which local_step='gradient' "
+                    "does not take; use local_step='dion', or leave them out"
                 )
             self._fit(one.entry, rule)
         self._largest = self._change(given)

@@ -7,7 +7,7 @@ over process groups (:mod:`orthdion.distributed`).
 
 from .forms import Elementwise, Form, LowRank
 from .groups import ALONE, Group, Layout
-from .matrix import Blend, Deferred, Extent, Matrix, Noise, Outcome, Precision, Report, Rounding
+from .matrix import Blend, Deferred, Draws, Extent, Matrix, Noise, Outcome, Precision, Report, Rounding
 from .requests import (
     Average,
     Body,
@@ -50,6 +50,7 @@ __all__ = [
     "CompressedMean",
     "Deferred",
     "Direction",
+    "Draws",
     "Elementwise",
     "Energies",
     "Extent",

@@ -268,7 +268,8 @@ class CupyBackend(TorchBackend):
         skip = _flags([q.b.w.skip for q in qs], w.x.device)
         residual = [_residual(qs, name) for name in ("alpha", "columns", "rows")]
         passes = Passes(device_for(w.x.device), [q.b for q in qs], written=True)
-        passes.update(Write(p, v, r, fed, rates, first.scale, first.feedback, w.cautious, skip, *residual))
+        draws = [q.b.w.draws for q in qs]
+        passes.update(Write(p, v, r, fed, rates, first.scale, first.feedback, w.cautious, skip, *residual, draws))
         passes.keep(batch([q.q for q in qs]).float(), [q.b.w.state["Q"] for q in qs], skip)
         written = [t for q in qs for t in (q.b.w.x, q.b.m, q.b.w.state["Q"])]
         torch.autograd.graph.increment_version(written)
@@ -310,7 +311,7 @@ def _written(q: LowRankUpdate) -> tuple[Hashable, ...]:
     kind = None if residual is None else (residual.alpha is None, residual.columns is None, residual.given is None)
     formats = (old.dtype, old.shape, old.stride(), q.q.dtype)
     how = (q.scale, q.feedback, kind, q.fed is q.r, q.direction is None)
-    return rates, w.cautious, *how, w.skip is None, formats
+    return rates, w.cautious, *how, w.skip is None, w.draws is None, formats
 
 
 def _tensors(q: Any) -> list[Tensor]:
