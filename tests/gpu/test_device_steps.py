@@ -110,6 +110,25 @@ def test_shapes_and_ranks(m, n, fraction, residual, right_factor, maximize, cach
     assert distance(ours, theirs) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("residual", [None, "normalized"])
+def test_weights_are_rounded_by_the_draws_of_plain_torch(shim, residual, dtype):
+    """In panels too, of wide matrices as they lie; AdamW and Lion. Draws of their own would differ in a third."""
+    options = {"rank_fraction": 0.5, "residual": residual, "weight_rounding": "stochastic", "compute_dtype": "float32"}
+    found = []
+    for backend in ("cupy", "torch"):
+        o, params = run(backend, [(70, 40), (40, 150), (17, 17)], 3, dtype=dtype, **options)
+        for algorithm, shape in (("adamw", (5000,)), ("lion", (40, 30))):
+            p = parameter(randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype))
+            o.add_param_group({"params": [p], "algorithm": algorithm, "weight_rounding": "stochastic"})
+            params.append(p)
+        o.step()
+        found.append((o, params))
+    (_, ours), (_, theirs) = found
+    differ = [float((p != q).float().mean()) for p, q in zip(ours, theirs, strict=True)]
+    assert max(differ) < 0.04, differ
+
+
 FORMATS = pairwise(
     dtype=(torch.float32, torch.bfloat16, torch.float16),
     states=(None, torch.float32, torch.bfloat16, torch.float64),
