@@ -20,6 +20,7 @@ from ..requests import (
     Average,
     AverageChanges,
     Blend,
+    Draws,
     Elementwise,
     Energies,
     Factor,
@@ -40,7 +41,7 @@ from ..requests import (
 )
 from .base import Fused
 from .fused import elementwise, low_rank, written
-from .table import table
+from .table import drawn, table
 from .torch import TorchBackend
 
 __all__ = ["RustBackend"]
@@ -63,7 +64,8 @@ class RustBackend(TorchBackend):
         if isinstance(request, (ResidualMatrix, ResidualSums)):
             return type(request), request.b.w.precision
         if isinstance(request, LowRankUpdate):
-            return LowRankUpdate, request.b.w.precision, _kind(request)
+            w = request.b.w
+            return LowRankUpdate, w.precision, _kind(request), w.draws is None
         return request.key()
 
     # ------------------------------------------------------------ factorizations and iterations
@@ -209,7 +211,9 @@ class RustBackend(TorchBackend):
         rows, numbers, scales = [], [], []
         for q in qs:
             w, u, alpha, extra = q.b.w, q.v, 0.0, q.r
-            if q.residual is not None:
+            if q.direction is not None:
+                u, alpha, extra = torch.zeros_like(q.v), 1.0, q.direction
+            elif q.residual is not None:
                 if q.residual.alpha is not None:
                     alpha = float(q.residual.alpha)
                 if kind == "share":
@@ -223,15 +227,23 @@ class RustBackend(TorchBackend):
             numbers.append((q.scale, alpha, float(q.b.size)))
         flat = torch.cat(scales).double().numpy() if scales else np.empty(0)
         double = qs[0].b.w.precision.dtype == torch.float64
-        _core.writes(table(rows), list(forms), np.array(numbers), kind, flat, double, _threads())
+        rounding = drawn([q.b.w.draws for q in qs])
+        _core.writes(table(rows), list(forms), np.array(numbers), kind, flat, rounding, double, _threads())
         written([t for q in qs for t in (q.b.w.x, q.b.m)])
         for q in qs:
             self.keep(q)
         return [q.b.w.outcome(q.null, q.figures) for q in qs]
 
+    def draw(self, target: Tensor, value: Tensor, draws: Draws) -> None:
+        """One pass."""
+        row = ((*target.shape, 0, 0), (target, value))
+        _core.rounded(table([row]), drawn([draws]), _threads())
+
 
 def _kind(q: LowRankUpdate) -> Literal["share", "given", "scaled", "missed"]:
     """What is added to P Vᵀ: a share of B, T as it is given, or T with scaled columns and rows, given or not."""
+    if q.direction is not None:
+        return "given"
     if q.residual is None or (q.residual.columns is None and q.residual.given is None):
         return "share"
     if q.residual.columns is None:

@@ -122,7 +122,7 @@ class SavedOptimizer(Optimizer):
         for k, group in enumerate(self.param_groups):
             for p in group["params"]:
                 entry = self._entries[id(p)]
-                replicas, kept = entry.placed.layout.replicas, self._rule(k, group).kept(entry.layout)
+                replicas, kept = entry.placed.layout.replicas, self._rule(k, group).kept_in(entry.layout)
                 for key, t in self.state[p].items() if replicas.size > 1 else ():
                     name = base_name(key)
                     if name in kept and kept[name].apart:
@@ -170,7 +170,7 @@ class SavedOptimizer(Optimizer):
                         state = {**state, "step": torch.tensor(float(saved["step"]), dtype=torch.float32)}
                     name = self._name(p)
                     self._warn_of_nan(name, state)
-                    kept = rule.kept(entry.layout)
+                    kept = rule.kept_in(entry.layout)
                     loaded[p] = states.fitted(
                         name, p, entry.fold, entry.placed, rule, kept, self._formats, self.state[p], state
                     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Sides:
             ValueError: where parts of unequal size would need unequal ranks that are not the rule's.
         """
         found = Sides.of(fold, rule)
-        for key, kept in stored(fold, rule.states, found, None).items():
+        for key, kept in stored(fold, rule.kept, found, None).items():
             axes = kept.state.axes
             if "rank" not in axes or not isinstance(states.get(key), Tensor):
                 continue
@@ -164,6 +164,7 @@ def _stored(
     """Of a state of each matrix: the stack's axis, the parts', and then its own."""
     upright: Axis = "cols" if flip else "rows"
     across: Axis = "rows" if flip else "cols"
+    state = replace(state, axes=tuple(upright if a == "out" else a for a in state.axes))
     several = fold.parts > 1
     rows = fold.rows if several else fold.sizes[0]
     sizes: dict[Axis, int] = {upright: rows, across: fold.cols, "rank": max(sides.ranks[k] for k in parts)}
@@ -266,7 +267,7 @@ def fitted(
     """
     usual_sides = Sides((), ()) if fold is None else Sides.of(fold, rule)
     usual = stored(fold, states, usual_sides, (name, p, placed))
-    extra = {key: kept for key, kept in usual.items() if kept.name not in rule.states}
+    extra = {key: kept for key, kept in usual.items() if kept.name not in rule.kept}
     if extra.keys() - (saved.keys() & current.keys()):
         fresh = initial(p, fold, usual_sides, placed, extra, formats, None, 0)
         current, saved = {**fresh, **current}, {**fresh, **saved}

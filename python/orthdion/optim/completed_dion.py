@@ -90,10 +90,10 @@ class CompletedDionRule(DionRule):
         spare = min(fan_out, fan_in) - rank
         return adjusted(self.adjust_lr, fan_out, fan_in, rank + self.residual_scale**2 * spare)
 
-    def kept(self, at: Layout) -> States:
+    def kept_in(self, at: Layout) -> States:
         """At one bit replicas remember what they have sent of the residual."""
         remembers = at.compressed and self.residual_bits == 1
-        return {**self.states, MEMORY: StateSpec(apart=True)} if remembers else self.states
+        return {**self.kept, MEMORY: StateSpec(apart=True)} if remembers else self.kept
 
     def unsupported(self, at: Layout) -> str | None:
         """Where only factors are averaged, nobody has the averaged residual."""

@@ -22,6 +22,7 @@ from ..requests import (
     Blend,
     Columns,
     CompressedMean,
+    Direction,
     Energies,
     Factor,
     Gram,
@@ -29,6 +30,7 @@ from ..requests import (
     Map,
     MatMul,
     NewtonSchulz,
+    Norms,
     Pack,
     PackChange,
     Polar,
@@ -236,14 +238,29 @@ def _low_rank_update(q: LowRankUpdate, fused: bool) -> Answered:
     """
     (m, n), w, residual = q.b.shape, q.b.w, q.residual
     again = residual is not None and residual.columns is not None and residual.given is None and not fused
-    products = 1 + int(again) + int(q.feedback[0] != q.feedback[1])
-    moved = 2 * size_of(w.x, q.b.m) + size_of(w.g, q.p, q.v, q.q, q.q)
+    products = int(q.direction is None) + int(again) + int(q.feedback[0] != q.feedback[1])
+    moved = 2 * size_of(w.x, q.b.m) + size_of(w.g, q.p, q.v, q.q, q.q, q.direction)
     given = None if residual is None else residual.given
     costs = (
         Cost("product", _format(w.precision), products * 2 * m * n * q.p.shape[1], moved + size_of(given)),
         Cost("passes", "float32", 8 * m * n),
     )
     return Answered(costs, Report())
+
+
+def _direction(q: Direction, fused: bool) -> Answered:
+    """P Vᵀ, and P Rᵀ of a residual that is not at hand; a linear one reads B."""
+    of, (m, n), residual = q.of, q.of.b.shape, q.of.residual
+    formed = residual is not None and residual.given is None
+    out = _like(of.p, m, n)
+    moved = size_of(of.p, of.v, out) + (_of(of.b) if formed else size_of(residual.given if residual else None))
+    flops = (1 + int(formed)) * 2 * m * n * of.p.shape[1]
+    return Answered((Cost("product", _format(of.b.w.precision), flops, moved),), out)
+
+
+def _norms(q: Norms, fused: bool) -> Answered:
+    """One pass over X and D."""
+    return Answered(_pass(6 * q.x.numel(), q.x, q.d), _like(q.x, 3, dtype=torch.float64))
 
 
 def _update(q: Update, fused: bool) -> Answered:
@@ -313,6 +330,7 @@ COSTS: dict[type[Request], Callable[[Any, bool], Answered]] = {
     AverageChanges: _average_changes,
     Columns: _columns,
     CompressedMean: _compressed_mean,
+    Direction: _direction,
     Energies: _energies,
     Factor: _factor,
     Gram: _gram,
@@ -320,6 +338,7 @@ COSTS: dict[type[Request], Callable[[Any, bool], Answered]] = {
     Map: _map,
     MatMul: _matmul,
     NewtonSchulz: _newton_schulz,
+    Norms: _norms,
     Pack: _pack,
     PackChange: _pack_change,
     Polar: _polar,

@@ -7,13 +7,14 @@ over process groups (:mod:`orthdion.distributed`).
 
 from .forms import Elementwise, Form, LowRank
 from .groups import ALONE, Group, Layout
-from .matrix import Blend, Deferred, Extent, Matrix, Noise, Outcome, Precision, Report, Rounding
+from .matrix import Blend, Deferred, Draws, Extent, Matrix, Noise, Outcome, Precision, Report, Rounding
 from .requests import (
     Average,
     AverageChanges,
     Body,
     Columns,
     CompressedMean,
+    Direction,
     Energies,
     Factor,
     Gather,
@@ -22,6 +23,7 @@ from .requests import (
     Map,
     MatMul,
     NewtonSchulz,
+    Norms,
     Pack,
     PackChange,
     Polar,
@@ -50,6 +52,8 @@ __all__ = [
     "Columns",
     "CompressedMean",
     "Deferred",
+    "Direction",
+    "Draws",
     "Elementwise",
     "Energies",
     "Extent",
@@ -66,6 +70,7 @@ __all__ = [
     "Matrix",
     "NewtonSchulz",
     "Noise",
+    "Norms",
     "Outcome",
     "Pack",
     "PackChange",

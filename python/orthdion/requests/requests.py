@@ -23,6 +23,7 @@ __all__ = [
     "Body",
     "Columns",
     "CompressedMean",
+    "Direction",
     "Energies",
     "Factor",
     "Gather",
@@ -31,6 +32,7 @@ __all__ = [
     "Map",
     "MatMul",
     "NewtonSchulz",
+    "Norms",
     "Pack",
     "PackChange",
     "Polar",
@@ -85,6 +87,8 @@ def _key(value: Any) -> Hashable:
         return tuple(_key(v) for v in value)
     if isinstance(value, dict):
         return tuple((k, _key(v)) for k, v in value.items())
+    if isinstance(value, Request):
+        return value.key()
     return value  # type: ignore[no-any-return]
 
 
@@ -379,6 +383,14 @@ class ResidualSums(Request):
 
 
 @dataclass(frozen=True, eq=False)
+class Norms(Request):
+    """``[‖X‖², ⟨X, D⟩, ‖D‖²]`` of this rank's parts, in double: X as it is stored."""
+
+    x: Tensor
+    d: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Squares(Request):
     """Sums of squares of ``tensor`` (m, n) along each row and down each column, in double.
 
@@ -404,11 +416,11 @@ class Residual:
 
 @dataclass(frozen=True, eq=False)
 class LowRankUpdate(Request):
-    """``X ← (1 − ηλ)X − η·scale·(P Vᵀ + residual)``, ``M ← a·M⁺ − (a − b)·P Wᵀ/size`` and ``Q ← q``, in place;
-    ``states`` are new values of others by name.
+    """``X ← (1 − ηλ)X − η·scale·(P Vᵀ + residual)``, ``M ← a·M⁺ − (a − b)·P Wᵀ/size`` and ``Q ← q``, in place.
 
     M⁺ = M ± G; ``fed`` is W, R of M⁺. The answer is the outcome: ``null`` counts null directions, ``figures`` are the
-    diagnostics if they were asked for.
+    diagnostics if they were asked for. Where ``direction`` is given, it is what is taken for P Vᵀ + residual;
+    ``states`` are new values of further states.
     """
 
     b: Blend
@@ -424,7 +436,15 @@ class LowRankUpdate(Request):
     residual: Residual | None
     null: Tensor
     figures: Report | None = None
+    direction: Tensor | None = None
     states: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Direction(Request):
+    """``D = P Vᵀ + residual`` of an update, formed (m, n) in working precision."""
+
+    of: LowRankUpdate
 
 
 @dataclass(frozen=True, eq=False)
