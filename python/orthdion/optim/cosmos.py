@@ -65,7 +65,8 @@ class COSMOSRule(MomentumRule):
         g, root = self.sign * w.gradient, w.read("S").double()[:, :r]
         ahead, m = self.lookahead(w)
         top = [t.abs().amax() if t.numel() else t.new_zeros(()) for t in (g, ahead)]
-        top = yield Reduce(torch.stack([*top, root.trace().to(g.dtype)]).amax(), at.shards, "norms", op="max")
+        top += [root.trace().clamp_max(torch.finfo(g.dtype).max).to(g.dtype)]
+        top = yield Reduce(torch.stack(top).amax(), at.shards, "norms", op="max")
         size = torch.where(top > 0.0, top, 1.0)  # squares must neither vanish nor leave the range
         g, ahead, wide = g / size, ahead / size, size.double()
         s = root / wide * (root.trace() / wide)

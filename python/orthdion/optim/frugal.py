@@ -86,8 +86,7 @@ class FRUGALRule(Rule):
         left = yield Reduce((yield MatMul(g, q, w.precision)), at.cols, "GQ")
         back = yield Reduce((yield MatMul(g.T, left, w.precision)), at.rows, "GGQ")
         v, null, _ = yield from factor(back, "qr", tol, over=ALONE, along=at.cols, what="Q", copies=1, gate=gate)
-        found: Tensor = yield from warm_start("qr", v, null, q, at.cols, gate)
-        return found
+        return (yield from warm_start("qr", v, null, q, at.cols, gate)).to(q.dtype)
 
 
 class FRUGAL(MatrixOptimizer, rule=FRUGALRule):
