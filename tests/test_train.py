@@ -59,6 +59,8 @@ LEARN_LRS = {
     "numuon": 0.02,
     "dct-dion": 0.2,
     "mofasgd": 0.05,
+    "cosmos": 0.02,
+    "frugal": 0.005,
     "demo": 0.005,
     "auon": 0.02,
     "curvadion": 0.04,
