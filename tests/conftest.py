@@ -1,3 +1,4 @@
+import os
 import sys
 from types import SimpleNamespace
 
@@ -15,9 +16,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    """The same number of threads everywhere, whatever the machine has."""
-    torch.set_num_threads(2)
+def threads():
+    """The same number of threads everywhere, whatever the machine has: two, or of several workers one each, as OpenMP's
+    threads wait for each other in loops, which costs most where there are more of them than cores.
+    """
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture
