@@ -70,6 +70,8 @@ pub trait Coded: Real {
     fn nearest(self) -> u8;
     /// From a small integer.
     fn whole(x: i32) -> Self;
+    /// Itself, eight times, with its sign turned where the byte has a bit.
+    fn turned(self, signs: u8) -> [Self; 8];
     /// Its bytes, in the order of this machine.
     fn put(self, to: &mut [u8]);
     /// From such bytes.
@@ -82,7 +84,7 @@ pub trait Coded: Real {
 }
 
 macro_rules! coded {
-    ($t:ty, $ones:literal) => {
+    ($t:ty, $word:ty, $ones:literal) => {
         impl Coded for $t {
             #[inline(always)]
             fn nearest(self) -> u8 {
@@ -92,6 +94,11 @@ macro_rules! coded {
             #[inline(always)]
             fn whole(x: i32) -> Self {
                 x as $t
+            }
+            #[inline(always)]
+            fn turned(self, signs: u8) -> [Self; 8] {
+                let (plain, signs) = (self.to_bits(), <$word>::from(signs));
+                std::array::from_fn(|l| <$t>::from_bits(plain ^ ((signs >> l & 1) << (<$word>::BITS - 1))))
             }
             #[inline(always)]
             fn put(self, to: &mut [u8]) {
@@ -108,8 +115,8 @@ macro_rules! coded {
         }
     };
 }
-coded!(f32, 12_582_912.0); // 1.5·2²³
-coded!(f64, 6_755_399_441_055_744.0); // 1.5·2⁵²
+coded!(f32, u32, 12_582_912.0); // 1.5·2²³
+coded!(f64, u64, 6_755_399_441_055_744.0); // 1.5·2⁵²
 
 /// The shape of a matrix, and its format.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -300,11 +307,11 @@ fn pack_row<T: Coded>(bits: Bits, row: &[T], to: &mut [u8]) {
     match bits {
         Bits::One => {
             T::of(sum_of_sizes(row) / row.len().max(1) as f64).put(scales);
-            for (chunk, byte) in row.chunks(8).zip(entries) {
-                let mut negative = [0u8; 8];
-                for (flag, x) in negative.iter_mut().zip(chunk) {
-                    *flag = u8::from(*x < T::default());
-                }
+            let (eights, rest) = row.as_chunks::<8>();
+            let mut last = [T::default(); 8];
+            last[..rest.len()].copy_from_slice(rest);
+            for (eight, byte) in eights.iter().chain(std::iter::once(&last)).zip(entries) {
+                let negative: [u8; 8] = std::array::from_fn(|l| u8::from(eight[l] < T::default()));
                 *byte = (u64::from_le_bytes(negative).wrapping_mul(GATHERED) >> 56) as u8;
             }
         }
@@ -339,11 +346,13 @@ fn unpack_row<T: Coded>(bits: Bits, from: &[u8], row: &mut [T]) {
     match bits {
         Bits::One => {
             let scale = T::get(scales);
-            for (chunk, byte) in row.chunks_mut(8).zip(entries) {
-                for (l, x) in chunk.iter_mut().enumerate() {
-                    let sign = 1 - 2 * i32::from(byte >> l & 1);
-                    *x = T::whole(sign) * scale;
-                }
+            let (eights, rest) = row.as_chunks_mut::<8>();
+            let last = entries[eights.len()..].first();
+            for (eight, byte) in eights.iter_mut().zip(entries) {
+                *eight = scale.turned(*byte);
+            }
+            for (x, turned) in rest.iter_mut().zip(scale.turned(last.copied().unwrap_or(0))) {
+                *x = turned;
             }
         }
         Bits::Four => {

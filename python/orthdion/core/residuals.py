@@ -114,7 +114,8 @@ def _known_residual(
 
 
 def _where_captured(t: Tensor, of_columns: Tensor) -> Tensor:
-    return t * (of_columns > 0).to(t.dtype)[..., None, :]
+    """In place: T has just been unpacked."""
+    return t.mul_((of_columns > 0).to(t.dtype)[..., None, :])
 
 
 def _captured_of_rows(p: Tensor, gram: Tensor) -> Tensor:
