@@ -117,6 +117,16 @@ class Rule:
         """Options with None replaced by what it stands for, so that a checkpoint says what was meant."""
         return options
 
+    @property
+    def kept(self) -> States:
+        """What it keeps with these options: its states, and what further options need."""
+        return self.states
+
+    @property
+    def adapts(self) -> bool:
+        """Whether its steps leave what the next rank is made of (:mod:`.ranks`)."""
+        return False
+
     def check(self) -> None:
         """Refuses options that do not go together (:class:`ValueError`)."""
 

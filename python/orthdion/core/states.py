@@ -13,7 +13,7 @@ from .fold import Copies, Fold
 from .rule import Axis, Rule, StateSpec
 from .starts import Orthonormal, generator
 
-__all__ = ["Formats", "Sides", "Stored", "base_name", "fitted", "initial", "stored"]
+__all__ = ["Formats", "Sides", "Stored", "base_name", "fitted", "initial", "stored", "write_orthonormal"]
 
 #: Ends the key of a state of those parts that are processed transposed, where others are not.
 _WIDE = "_wide"
@@ -138,7 +138,7 @@ def stored(fold: Fold | None, rule: Rule, sides: Sides, at: tuple[str, Tensor, P
         NotImplementedError: where a state would have to be split other than the parameter is.
     """
     found: dict[str, Stored] = {}
-    for name, state in rule.states.items():
+    for name, state in rule.kept.items():
         if state.axes == ():
             found[name] = Stored(name, state, (), torch.Size(()), {})
         elif fold is None or set(state.axes) == {"rows", "cols"}:
@@ -198,7 +198,7 @@ def _check_convolution(name: str, p: Tensor, placed: Placed, fold: Fold, divided
         )
 
 
-def _write_orthonormal(
+def write_orthonormal(
     made: Tensor, kept: Stored, fold: Fold, sides: Sides, placed: Placed, draws: torch.Generator
 ) -> None:
     """Fills this rank's part of a state that starts orthonormal in each matrix; zero beyond a part's rank."""
@@ -239,7 +239,7 @@ def initial(
         else:
             made = torch.zeros(kept.lengths(placed), dtype=dtype, device=here.device)
         if kept.state.start == "orthonormal" and fold is not None and seed is not None:
-            _write_orthonormal(made, kept, fold, sides, placed, generator(seed, index))
+            write_orthonormal(made, kept, fold, sides, placed, generator(seed, index))
         states[key] = placed.wrap(made, kept.shape, kept.axes)
     return states
 

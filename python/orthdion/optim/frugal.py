@@ -93,7 +93,8 @@ class FRUGAL(MatrixOptimizer, rule=FRUGALRule):
     r"""FRUGAL: Adam where it has memory, sign descent where it has none.
 
     .. math::
-        L &= G Q, \quad M \leftarrow \beta_1 M + (1 - \beta_1) L, \quad V \leftarrow \beta_2 V + (1 - \beta_2) L^{\circ 2} \\
+        L &= G Q, \quad M \leftarrow \beta_1 M + (1 - \beta_1) L, \quad
+        V \leftarrow \beta_2 V + (1 - \beta_2) L^{\circ 2} \\
         X &\leftarrow (1 - \eta\lambda) X - \eta \Big( \frac{\hat M}{\sqrt{\hat V} + \epsilon}\, Q^\top
         + c\; \mathrm{sign}(G - G Q Q^\top) \Big)
 

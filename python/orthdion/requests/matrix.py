@@ -89,6 +89,7 @@ class Matrix:
         rates: ``[lr, weight_decay]`` in double on the device, where steps read them there.
         words: what the Rust core is told of X and the states, where somebody has it already.
         extents: what each rank of ``layout.shards`` has of the whole matrix, when asked.
+        spectrum: what a step leaves of its columns for the host, where the rank follows it.
     """
 
     x: Tensor
@@ -108,6 +109,7 @@ class Matrix:
     rates: Tensor | None = None
     words: Any = None
     extents: Callable[[], list[Extent]] | None = None
+    spectrum: Tensor | None = None
 
     def outcome(self, null: Tensor | None = None, figures: Report | None = None) -> Outcome:
         """What a write did to it, given R's null directions, and diagnostics if they were asked for."""
