@@ -194,6 +194,12 @@ def test_a_saved_option_decides_whether_states_have_what_it_needs():
     assert adaptive.param_groups[0]["adaptive_rank"] is False and "effective_rank" not in adaptive.state[q]
     q.grad = randn(48, 32, seed=1)
     adaptive.step()
+    saved = fixed.state_dict()
+    del saved["param_groups"][0]["adaptive_rank"]  # of a library that has no such option
+    another = make("dion", [q])
+    another.load_state_dict(saved)
+    another.step()
+    assert float(another.state[q]["effective_rank"]) > 1.0
 
 
 # ---------------------------------------------------------------- what is refused

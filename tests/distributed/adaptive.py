@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -133,6 +134,39 @@ def continued_on_one_process(options: dict[str, Any], broken_off: int) -> tuple[
     whole, one, _ = alone(options)
     states = state_errors([dict(other.state[p]) for p in here], [dict(one.state[q]) for q in whole])
     return kept, max(states, *(distance(p, q.detach()) for p, q in zip(here, whole, strict=True)))
+
+
+#: shape, group keys, placement
+TOGETHER: list[tuple[tuple[int, ...], dict[str, Any], Any]] = [
+    ((3, 48, 60), {}, Shard(1)),
+    ((3, 48, 60), {}, Shard(2)),
+    ((96, 60), {"split_sizes": (48, 48)}, Shard(0)),  # wide parts: Q's rows are cut as the weight's
+    ((120, 40), {"num_heads": 2}, Shard(1)),
+    ((96, 60), {"split_sizes": (4, 4), "interleaved": 12}, Shard(0)),  # Q's rows are brought together by a copy
+]
+
+
+def matrices_with_one_rank() -> list[tuple[float, list[int], list[int]]]:
+    """Stacks and fused parts: the largest error of weights and states, and the ranks here and on one process."""
+    where, found = mesh((-1,)), []
+    for (i, (shape, keys, at)), fraction in product(enumerate(TOGETHER), (1.0, 0.4)):  # to fall, and to rise
+        whole = torch.nn.Parameter(randn(*shape, seed=i, dtype=torch.float64))
+        part = torch.nn.Parameter(sharded(whole.detach(), where, (at,)))
+        one, spread_out = (
+            orthdion.OrthDion([{"params": [p], **keys}], lr=0.05, rank_fraction=fraction, adaptive_rank=True)
+            for p in (whole, part)
+        )
+        ranks_here, ranks_alone = ranks(spread_out, [part]), ranks(one, [whole])
+        for k in range(4):
+            whole.grad = gradient(shape, 2 * k, i)
+            part.grad = sharded(whole.grad, where, (at,))
+            one.step()
+            spread_out.step()
+            ranks_here += ranks(spread_out, [part])
+            ranks_alone += ranks(one, [whole])
+        states = state_errors([dict(spread_out.state[part])], [dict(one.state[whole])])
+        found.append((max(states, distance(part, whole.detach())), ranks_here, ranks_alone))
+    return found
 
 
 def a_stack_that_is_shared_out() -> str:

@@ -51,6 +51,13 @@ def test_a_sharded_run_goes_on_alone_with_the_ranks_that_it_had(world):
         assert kept == [32, 32, 24] and error < 1e-9
 
 
+def test_stacks_and_parts_change_their_rank_together(world):
+    for found in world(2).run(adaptive.matrices_with_one_rank):
+        for error, here, alone in found:
+            assert here == alone and len(set(here)) > 1
+            assert error < 1e-9
+
+
 def test_a_stack_of_which_ranks_hold_different_matrices_is_refused(world):
     for words in world(2).run(adaptive.a_stack_that_is_shared_out):
         assert "adaptive_rank=False" in words

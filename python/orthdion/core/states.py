@@ -261,6 +261,9 @@ def fitted(
         ValueError: for states that are missing, or that have other shapes.
     """
     usual = stored(fold, rule, Sides((), ()) if fold is None else Sides.of(fold, rule), (name, p, placed))
+    # What an option adds to a rule's states starts with it.
+    added = {k: current[k] for k in usual.keys() & current.keys() if base_name(k) not in rule.states}
+    saved = {**added, **saved}
     if missing := usual.keys() - saved.keys():
         raise ValueError(
             f"the loaded state of {name} has no {', '.join(sorted(missing))} (it has {', '.join(saved)}); "
