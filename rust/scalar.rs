@@ -115,6 +115,12 @@ pub unsafe trait Element: Copy + 'static {
     /// Rounds a working-precision value to nearest; to two bytes by way of single precision. What is beyond IEEE half's
     /// range becomes its largest number: an infinite state would stop its matrix for ever.
     fn store<W: Real>(w: W) -> Self;
+    /// Rounds a number to one of its two neighbours, up with the probability that `word`, uniform, is right on average;
+    /// a neighbour beyond the range is the largest number. Formats of four bytes and more are rounded to nearest.
+    #[inline(always)]
+    fn store_drawn<W: Real>(w: W, _word: u32) -> Self {
+        Self::store(w)
+    }
 }
 
 // SAFETY: a number, and its own tag.
@@ -159,6 +165,14 @@ unsafe impl Element for bf16 {
         let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
         bf16::from_bits((if is_nan { nan } else { rounded }) as u16)
     }
+    #[inline(always)]
+    fn store_drawn<W: Real>(w: W, word: u32) -> Self {
+        let bits = (w.f64() as f32).to_bits();
+        let size = bits & 0x7fff_ffff;
+        let drawn = (size.min(0x7f7f_0000) + (word >> 16)) >> 16;
+        let rounded = if size > 0x7f80_0000 { (size >> 16) | 0x40 } else { drawn };
+        bf16::from_bits(((bits >> 16) & 0x8000 | rounded) as u16)
+    }
 }
 
 // SAFETY: a number, and its own tag.
@@ -173,6 +187,24 @@ unsafe impl Element for f16 {
         let x = w.f64() as f32;
         let x = if x > 65504.0 { 65504.0 } else { x };
         f16::from_f32_const(if x < -65504.0 { -65504.0 } else { x })
+    }
+    #[inline(always)]
+    fn store_drawn<W: Real>(w: W, word: u32) -> Self {
+        const MOST: u32 = 65504.0f32.to_bits();
+        const NORMAL: u32 = 113; // exponent of the smallest normal number
+        let bits = (w.f64() as f32).to_bits();
+        let (size, exponent) = ((bits & 0x7fff_ffff).min(MOST), (bits >> 23) & 0xff);
+        let rounded = if bits & 0x7fff_ffff > 0x7f80_0000 {
+            0x7e00
+        } else if exponent >= NORMAL {
+            ((size + (word >> 19)) >> 13) - ((NORMAL - 1) << 10)
+        } else {
+            // Multiples of 2⁻²⁴: `drop` bits of the significand go.
+            let drop = 13 + NORMAL - exponent;
+            let significand = u64::from(size & 0x7f_ffff | 0x80_0000);
+            if drop > 32 { 0 } else { ((significand + u64::from(word >> (32 - drop))) >> drop) as u32 }
+        };
+        f16::from_bits(((bits >> 16) & 0x8000 | rounded) as u16)
     }
 }
 
@@ -211,6 +243,30 @@ mod tests {
         assert_eq!(<f16 as Element>::store(f64::NEG_INFINITY), f16::MIN);
         assert_eq!(<f16 as Element>::store(65504.0f32), f16::MAX);
         assert!(<f16 as Element>::store(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn drawn_neighbours_come_as_often_as_is_right_on_average() {
+        fn check<E: Element>(x: f32, exact: f64, words: u32) {
+            let shift = 32 - words.ilog2();
+            let each = |k: u32| E::store_drawn::<f32>(x, k << shift).load::<f64>();
+            let mean = (0..words).map(each).sum::<f64>() / f64::from(words);
+            let gap = each(words - 1) - each(0);
+            assert!((mean - exact).abs() <= gap.abs() / f64::from(words), "{x:e}: {mean:e}");
+        }
+        for x in
+            [1.0f32, 1.003_456, -3.141_592_7, 1.999_999_9, 7.3e-6, -6.1e-5, 3.3e-8, 1e-9, 0.0, 65503.0, 0.1]
+        {
+            check::<bf16>(x, f64::from(x), 1 << 16);
+            check::<f16>(x, f64::from(x), 1 << 16);
+        }
+        for x in [f32::MAX, f32::INFINITY] {
+            assert_eq!(<bf16 as Element>::store_drawn(x, u32::MAX), bf16::MAX);
+            assert_eq!(<f16 as Element>::store_drawn(-x, u32::MAX), f16::MIN);
+        }
+        assert!(<bf16 as Element>::store_drawn(f32::NAN, u32::MAX).is_nan());
+        assert!(<f16 as Element>::store_drawn(f32::NAN, u32::MAX).is_nan());
+        assert_eq!(<f32 as Element>::store_drawn(0.1f64, u32::MAX), 0.1f32);
     }
 
     #[test]

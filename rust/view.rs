@@ -5,6 +5,7 @@
 //! a [`MatMut`] must not alias itself.
 
 use crate::error::Error;
+use crate::rng::Draws;
 use crate::scalar::{Dtype, Element};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -21,6 +22,8 @@ pub struct Mat<'a> {
     pub(crate) cols: usize,
     pub(crate) rs: isize,
     pub(crate) cs: isize,
+    /// How what is written is rounded, where not to nearest.
+    pub(crate) draws: Option<Draws>,
     life: PhantomData<&'a ()>,
 }
 
@@ -85,7 +88,7 @@ impl<'a> Mat<'a> {
         (rows, cols): (usize, usize),
         (rs, cs): (isize, isize),
     ) -> Self {
-        Mat { ptr, dtype, rows, cols, rs, cs, life: PhantomData }
+        Mat { ptr, dtype, rows, cols, rs, cs, draws: None, life: PhantomData }
     }
 
     /// Rows and columns.
@@ -95,14 +98,15 @@ impl<'a> Mat<'a> {
 
     /// The transpose: the same memory with rows and columns exchanged.
     pub fn t(self) -> Self {
-        Mat { rows: self.cols, cols: self.rows, rs: self.cs, cs: self.rs, ..self }
+        let draws = self.draws.map(Draws::t);
+        Mat { rows: self.cols, cols: self.rows, rs: self.cs, cs: self.rs, draws, ..self }
     }
 
     /// Rows `range` of the view.
     pub fn row_range(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.rows, "row range inside the view");
-        let ptr = self.at(range.start, 0);
-        Mat { ptr, rows: range.len(), ..self }
+        let (ptr, draws) = (self.at(range.start, 0), self.draws.map(|d| d.from_row(range.start)));
+        Mat { ptr, rows: range.len(), draws, ..self }
     }
 
     /// Columns `range` of the view.
@@ -172,6 +176,13 @@ impl<'a> MatMut<'a> {
         // SAFETY: the caller's.
         let view = unsafe { Mat::from_raw(ptr, dtype, shape, strides) };
         MatMut { view, exclusive: PhantomData }
+    }
+
+    /// The same view, what is written to it rounded stochastically to formats of two bytes: up with the probability
+    /// that makes it right on average.
+    pub fn drawn(mut self, draws: Option<Draws>) -> Self {
+        self.view.draws = draws;
+        self
     }
 
     /// A shared view for as long as `self` is borrowed.

@@ -23,6 +23,7 @@ from orthdion.plan.models import PRESETS, model_of
 from orthdion.requests import (
     ALONE,
     Average,
+    AverageChanges,
     Blend,
     Columns,
     CompressedMean,
@@ -36,6 +37,7 @@ from orthdion.requests import (
     Matrix,
     NewtonSchulz,
     Pack,
+    PackChange,
     Polar,
     Precision,
     Product,
@@ -77,8 +79,10 @@ def requests():
     gram = (p.double().T @ p.double()) + torch.eye(r)
     return [
         Average(packed[None], n, 4, torch.float32),
+        AverageChanges(torch.stack([packed, packed]), t, t, 1, 4, 0.9),
         Columns(randn(n, r), torch.ones(r, dtype=torch.float64), 1e-6, 1e-8),
         CompressedMean(t, ALONE, 1, "residual"),
+        CompressedMean(t, ALONE, 1, "residual", t, 0.9),
         Energies(b),
         Factor(randn(n, r), "polar", 1e-6, ALONE, "R"),
         Gram(p),
@@ -87,6 +91,7 @@ def requests():
         MatMul(t, q, precision),
         NewtonSchulz(t, ((3.0, -4.0, 2.0),), precision),
         Pack(t, 1),
+        PackChange(t, t, 1, 0.9),
         Polar(t, 1e-6),
         Product(b, p),
         ResidualMatrix(b, p, v),
@@ -134,7 +139,7 @@ def test_a_request_that_nobody_has_given_a_cost_is_an_error_that_says_where_to()
     def body():
         yield Unheard()
 
-    with pytest.raises(NotImplementedError, match=r"Unheard.*plan/costs\.py"):
+    with pytest.raises(ValueError, match=r"Unheard.*plan/costs\.py"):
         traced(body(), fused=False)
 
 

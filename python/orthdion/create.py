@@ -76,8 +76,8 @@ def optimizer_of(optimizer: str | type[Rule] | type[MatrixOptimizer]) -> type[Ma
 
 
 def _state(rule: type[Rule]) -> str:
-    sides = {"rows": "m", "cols": "n", "rank": "r"}
-    terms = ["".join(sides[a] for a in spec.axes) for spec in rule.states.values() if spec.axes]
+    sides = {"rows": "m", "cols": "n", "rank": "r", "out": "m"}
+    terms = ["".join(sides[a] for a in spec.axes) for spec in rule().kept.values() if spec.axes]
     counted = dict.fromkeys(terms, 0)
     for term in terms:
         counted[term] += 1

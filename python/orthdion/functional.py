@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose, get
+from .core.control import body
 from .core.options import names_of, options_of
 from .core.registry import find
 from .core.rule import Rule
@@ -54,9 +55,9 @@ def init(rule: str | type[Rule], x: Tensor, *, seed: int = 0, **options: Any) ->
     made = _made(rule, options)
     flip = _oriented(made, x)
     m, n = (x.shape[1], x.shape[0]) if flip else x.shape
-    sizes = {"rows": m, "cols": n, "rank": made.rank(m, n)}
+    sizes = {"rows": m, "cols": n, "rank": made.rank(m, n), "out": x.shape[0]}
     states = {}
-    for name, spec in made.states.items():
+    for name, spec in made.kept.items():
         if set(spec.axes) == {"rows", "cols"}:
             states[name] = torch.zeros_like(x, dtype=spec.dtype)
         elif spec.start == "orthonormal":
@@ -103,22 +104,26 @@ def step(
     if made.adapts:
         raise ValueError("adaptive_rank: a single step keeps its rank; leave it False, or use an optimizer")
     flip = _oriented(made, x)
+    if made.weight_rounding != "nearest":
+        raise ValueError(
+            "weight_rounding draws by the number of the step, which single steps do not know; leave it out"
+        )
     if g.shape != x.shape:
         raise ValueError(f"g must have x's shape {tuple(x.shape)}, not {tuple(g.shape)}")
-    if missing := made.states.keys() - state.keys():
+    if missing := made.kept.keys() - state.keys():
         raise ValueError(f"state has no {', '.join(sorted(missing))}; make it with orthdion.functional.init")
     there = get(choose(backend, x.device, x.dtype)[0])
-    turned = [name for name, spec in made.states.items() if flip and set(spec.axes) == {"rows", "cols"}]
+    turned = [name for name, spec in made.kept.items() if flip and set(spec.axes) == {"rows", "cols"}]
     views = {name: t.T if name in turned else t for name, t in state.items()}
     seen, grad = (x.T, g.T) if flip else (x, g)
-    ranks = (state[name].shape[spec.axes.index("rank")] for name, spec in made.states.items() if "rank" in spec.axes)
+    ranks = (state[name].shape[spec.axes.index("rank")] for name, spec in made.kept.items() if "rank" in spec.axes)
     scale = made.scale(x.shape[0], x.shape[1], next(ranks, made.rank(*x.shape)))
     w = Matrix(seen, grad, views, tuple(seen.shape), tuple(x.shape), scale)  # type: ignore[arg-type]
     w.cautious = made.cautious_weight_decay
     w.precision = Precision.of(x.dtype, compute_dtype or there.unasked.get(x.dtype))  # type: ignore[arg-type]
-    form = made.fused(bfloat16=compute_dtype == "bfloat16")
+    form = made.in_one_piece(bfloat16=compute_dtype == "bfloat16")
     if form is not None and type(form) in there.fused and not there.deferred:
         return there.fused[type(form)]([w], [form], {})[0]
     if not made.checks_gradient and not bool(torch.isfinite(g).all()):
         return Report(skipped=True)
-    return Runtime(Communicator(), there).run([made.step(w)], [0])[0]
+    return Runtime(Communicator(), there).run([body(made, w)], [0])[0]

@@ -3,6 +3,7 @@
 //! Plain loops; they are inlined into kernels and vectorised there for the level at hand.
 
 use crate::isa::prefetch;
+use crate::rng::mixed;
 use crate::scalar::{Dtype, Element, Real, with_element};
 use crate::view::Mat;
 
@@ -12,19 +13,22 @@ pub(crate) struct Line {
     ptr: *const u8,
     dtype: Dtype,
     stride: isize,
+    /// The first element's counter and their distance, where they are rounded by draws.
+    draws: Option<(u64, u64)>,
 }
 
 impl Line {
     /// From `(i, j)` down the column.
     #[inline(always)]
     pub(crate) fn down(view: Mat<'_>, i: usize, j: usize) -> Self {
-        Line { ptr: view.at(i, j), dtype: view.dtype, stride: view.rs }
+        let draws = view.draws.map(|d| d.down(i, j));
+        Line { ptr: view.at(i, j), dtype: view.dtype, stride: view.rs, draws }
     }
 
     /// From `(i, j)` along the row.
     #[inline(always)]
     pub(crate) fn along(view: Mat<'_>, i: usize, j: usize) -> Self {
-        Line { ptr: view.at(i, j), dtype: view.dtype, stride: view.cs }
+        Self::down(view.t(), j, i)
     }
 
     /// Asks for the line's first `len` elements, if they are contiguous.
@@ -61,12 +65,23 @@ impl Line {
         with_element!(self.dtype, E => unsafe { self.each::<E, T>(len, |i, x| *dst.add(i) += c * x) })
     }
 
-    /// `line ← src`, rounded to the line's type.
+    /// `line ← src`, rounded to the line's type, to nearest or by draws.
     ///
     /// # Safety
     /// The line holds `len` writable elements that nobody else uses, `src` is readable for `len`.
     #[inline(always)]
     pub(crate) unsafe fn write<T: Real>(self, src: *const T, len: usize) {
+        if let Some((mut at, step)) = self.draws {
+            with_element!(self.dtype, E => {
+                let p = self.ptr.cast::<E>().cast_mut();
+                for i in 0..len {
+                    // SAFETY: the caller's.
+                    unsafe { *p.offset(i as isize * self.stride) = E::store_drawn(*src.add(i), (mixed(at) >> 32) as u32) };
+                    at = at.wrapping_add(step);
+                }
+            });
+            return;
+        }
         with_element!(self.dtype, E => {
             let p = self.ptr.cast::<E>().cast_mut();
             // SAFETY: the caller's.

@@ -65,6 +65,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(parts::products, m)?)?;
     m.add_function(wrap_pyfunction!(parts::largest, m)?)?;
     m.add_function(wrap_pyfunction!(parts::writes, m)?)?;
+    m.add_function(wrap_pyfunction!(parts::rounded, m)?)?;
     m.add_function(wrap_pyfunction!(parts::overlap, m)?)?;
     m.add_function(wrap_pyfunction!(residual::residuals, m)?)?;
     m.add_function(wrap_pyfunction!(residual::residual_sums, m)?)?;
@@ -72,5 +73,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(residual::pack, m)?)?;
     m.add_function(wrap_pyfunction!(residual::unpack, m)?)?;
     m.add_function(wrap_pyfunction!(residual::average, m)?)?;
+    m.add_function(wrap_pyfunction!(residual::pack_change, m)?)?;
+    m.add_function(wrap_pyfunction!(residual::average_changes, m)?)?;
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The halves of a step, for matrices that lie on several ranks; and which operands share memory.
 
 use super::step::LowRankOptions;
-use super::table::{Table, number_rows, operands, pick};
+use super::table::{Table, draws, number_rows, operands, pick};
 use super::{bad, detached};
 use crate::borrow;
 use crate::error::Error;
@@ -82,6 +82,7 @@ pub(super) fn largest(
 /// residual: "share" (α·B; E is not read), "given" (α·T; E is T, m×n), "scaled" (T with its columns and rows multiplied by
 /// scales; E is T) or "missed" (the same of T = B − P Rᵀ; E is R, n×r).
 /// scales: float64, empty, or for the last two n + m numbers a matrix, one matrix after the other.
+/// rounding: int64 (N, 4) or (0, 4), see [`draws`]: how X is rounded.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn writes(
@@ -91,6 +92,7 @@ pub(super) fn writes(
     numbers: PyReadonlyArray2<'_, f64>,
     residual: &str,
     scales: PyReadonlyArray1<'_, f64>,
+    rounding: PyReadonlyArray2<'_, i64>,
     double: bool,
     threads: usize,
 ) -> PyResult<()> {
@@ -111,13 +113,21 @@ pub(super) fn writes(
     let scaled = matches!(kind, Kind::Scaled | Kind::Missed);
     let need = table.heads.iter().map(|&[m, n, ..]| if scaled { m + n } else { 0 }).sum();
     let mut scales = super::table::numbers("scales", &scales, need)?;
+    let rounding = draws(&rounding, table.heads.len())?;
     detached(py, move || {
         borrow::check(table.claims.as_flattened(), 7)?;
-        let jobs = table.heads.iter().zip(&table.claims).zip(numbers);
-        let jobs = jobs.map(|((&[rows, cols, _, k], [x, g, m, p, u, w, extra]), &[scale, alpha, size])| {
+        let jobs = table.heads.iter().zip(&table.claims).zip(numbers).zip(rounding);
+        let jobs = jobs.map(|(((&[rows, cols, _, k], claims), &[scale, alpha, size]), drawn)| {
+            let [x, g, m, p, u, w, extra] = claims;
             // SAFETY: as in `lowrank_step`.
             let (x, g, m, factors, extra) = unsafe {
-                (x.exclusive(), g.shared(), m.exclusive(), [p, u, w].map(|c| c.shared()), extra.shared())
+                (
+                    x.exclusive().drawn(drawn),
+                    g.shared(),
+                    m.exclusive(),
+                    [p, u, w].map(|c| c.shared()),
+                    extra.shared(),
+                )
             };
             let mut take = |n| scales.split_off(..n).unwrap_or_default();
             let residual = match kind {
@@ -155,6 +165,30 @@ impl Kind {
             _ => return Err(bad(format!("residual must be share, given, scaled or missed, not {name}"))),
         })
     }
+}
+
+/// Copies matrices: X ← A, rounded as `rounding` says.
+///
+/// table: int64 (N, 16): m, n, unused, unused and the views X, A (m×n).
+/// rounding: int64 (N, 4) or (0, 4), see [`draws`].
+#[pyfunction]
+pub(super) fn rounded(
+    py: Python<'_>,
+    table: PyReadonlyArray2<'_, i64>,
+    rounding: PyReadonlyArray2<'_, i64>,
+    threads: usize,
+) -> PyResult<()> {
+    let table = Table::<2>::new(&table, |&[m, n, ..]| Ok([((m, n), true), ((m, n), false)]))?;
+    let rounding = draws(&rounding, table.heads.len())?;
+    detached(py, move || {
+        borrow::check(table.claims.as_flattened(), 2)?;
+        let jobs = table.claims.iter().zip(rounding).map(|([x, a], drawn)| {
+            // SAFETY: as in `lowrank_step`.
+            unsafe { (x.exclusive().drawn(drawn), a.shared()) }
+        });
+        parts::rounded(Context::new(threads), jobs.collect());
+        Ok(())
+    })
 }
 
 /// The first two of some operands that share memory, if any do.

@@ -1,6 +1,6 @@
 //! Whole steps over lists of matrices.
 
-use super::table::{Table, numbers, pick, same};
+use super::table::{Table, draws, numbers, pick, same};
 use super::{bad, detached, finite};
 use crate::borrow;
 use crate::elementwise::{self, Rule, Settings, Tensor};
@@ -73,6 +73,7 @@ impl LowRankOptions {
 ///
 /// table: int64 (N, 28): m, n, r, k and the views X, G, M (m×n) and Q (n×r); `options[k]` is the matrix's.
 /// scales: float64 (N,), what multiplies lr.
+/// rounding: int64 (N, 4) or (0, 4), see [`draws`]: how X is rounded.
 /// reports: float64 (N, 8), overwritten: skipped, null, ‖B‖², ‖R‖², ν, ⟨B,D⟩, ‖R‖_*, effective rank.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
@@ -81,6 +82,7 @@ pub(super) fn lowrank_step(
     table: PyReadonlyArray2<'_, i64>,
     options: Vec<LowRankOptions>,
     scales: PyReadonlyArray1<'_, f64>,
+    rounding: PyReadonlyArray2<'_, i64>,
     mut reports: PyReadwriteArray2<'_, f64>,
     double: bool,
     threads: usize,
@@ -92,16 +94,23 @@ pub(super) fn lowrank_step(
     let options =
         table.heads.iter().map(|head| pick(&options, head[3]).copied()).collect::<Result<Vec<_>, _>>()?;
     let scales = numbers("scales", &scales, options.len())?;
+    let rounding = draws(&rounding, options.len())?;
     let out = reports.as_slice_mut().map_err(|_| bad("reports must be C-contiguous"))?;
     same("reports", out.len(), 8 * options.len())?;
     let reports = detached(py, move || {
         borrow::check(table.claims.as_flattened(), 4)?;
-        let jobs = table.claims.iter().zip(options).zip(scales);
+        let jobs = table.claims.iter().zip(options).zip(scales).zip(rounding);
         let mut jobs: Vec<_> = jobs
-            .map(|(([x, g, m, q], o), &scale)| {
+            .map(|((([x, g, m, q], o), &scale), drawn)| {
                 // SAFETY: `check` has passed the claims together, and Python holds the tensors during the call.
                 let matrix = unsafe {
-                    Matrix { x: x.exclusive(), g: g.shared(), m: m.exclusive(), q: q.exclusive(), scale }
+                    Matrix {
+                        x: x.exclusive().drawn(drawn),
+                        g: g.shared(),
+                        m: m.exclusive(),
+                        q: q.exclusive(),
+                        scale,
+                    }
                 };
                 (matrix, o)
             })
@@ -173,13 +182,16 @@ impl ElementwiseOptions {
 ///
 /// table: int64 (N, 28): m, n, unused, k and the views X, G, M, V (m×n; V is ignored for Lion); `options[k]` is the tensor's.
 /// steps: float64 (N,), how many steps each tensor has taken with this one; unused for Lion.
+/// rounding: int64 (N, 4) or (0, 4), see [`draws`]: how X is rounded.
 /// skipped: bool (N,), overwritten.
 #[pyfunction]
+#[allow(clippy::too_many_arguments)]
 pub(super) fn elementwise_step(
     py: Python<'_>,
     table: PyReadonlyArray2<'_, i64>,
     options: Vec<ElementwiseOptions>,
     steps: PyReadonlyArray1<'_, f64>,
+    rounding: PyReadonlyArray2<'_, i64>,
     mut skipped: PyReadwriteArray1<'_, bool>,
     double: bool,
     threads: usize,
@@ -195,17 +207,19 @@ pub(super) fn elementwise_step(
     let settings = settings.collect::<Result<Vec<_>, _>>()?;
     let out = skipped.as_slice_mut().map_err(|_| bad("skipped must be contiguous"))?;
     same("skipped", out.len(), settings.len())?;
+    let rounding = draws(&rounding, settings.len())?;
     detached(py, move || {
         borrow::check(table.claims.as_flattened(), 4)?;
         let mut tensors: Vec<_> = table
             .claims
             .iter()
             .zip(settings)
-            .map(|([x, g, m, v], s)| {
+            .zip(rounding)
+            .map(|(([x, g, m, v], s), drawn)| {
                 // SAFETY: as in `lowrank_step`.
                 let tensor = unsafe {
                     let v = (s.rule != Rule::Lion).then(|| v.exclusive());
-                    Tensor { x: x.exclusive(), g: g.shared(), m: m.exclusive(), v }
+                    Tensor { x: x.exclusive().drawn(drawn), g: g.shared(), m: m.exclusive(), v }
                 };
                 (tensor, s)
             })

@@ -6,6 +6,7 @@
 use super::bad;
 use crate::borrow::Claim;
 use crate::error::Error;
+use crate::rng::Draws;
 use crate::scalar::Dtype;
 use numpy::{PyReadonlyArray1, PyReadonlyArray2};
 
@@ -151,6 +152,20 @@ pub(super) fn number_rows<'a, const N: usize>(
     }
     super::finite(numbers.iter().map(|x| (what, *x)))?;
     Ok(numbers.as_chunks().0)
+}
+
+/// How the first view of each of `count` rows is rounded: `[key, first, row, column]` a row, or no rows for to nearest.
+pub(super) fn draws(
+    table: &PyReadonlyArray2<'_, i64>,
+    count: usize,
+) -> Result<impl Iterator<Item = Option<Draws>> + use<>, Error> {
+    let rows: Vec<_> = rows(table, 4)?
+        .map(|row| Draws::new(row[0] as u64, row[1] as u64, row[2] as u64, row[3] as u64))
+        .collect();
+    if !rows.is_empty() {
+        same("draws", rows.len(), count)?;
+    }
+    Ok(rows.into_iter().map(Some).chain(std::iter::repeat(None)))
 }
 
 /// That `what` has as many entries as are needed.

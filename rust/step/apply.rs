@@ -189,6 +189,7 @@ pub(super) fn write<T: Real>(
             let v = v.row_range(range.clone());
             // SAFETY: `apply` borrows X and M exclusively, and panels are disjoint ranges of their rows.
             unsafe { MatMut::from_raw(v.ptr.cast_mut(), v.dtype, (v.rows, v.cols), (v.rs, v.cs)) }
+                .drawn(v.draws)
         };
         let p = f.p.row_range(range.clone());
         let b = f.b.row_range(range.clone());

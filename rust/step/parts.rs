@@ -244,6 +244,27 @@ impl Write<'_> {
     }
 }
 
+/// `X ← A` over a list of pairs of one shape, as X says that it is rounded; threads take rows.
+pub fn rounded(cx: Context, jobs: Vec<(MatMut<'_>, Mat<'_>)>) {
+    const ROWS: usize = 64;
+    let mut pieces = Vec::new();
+    for (x, a) in jobs {
+        // SAFETY: the pieces are disjoint ranges of X's rows, and X is used up here.
+        let x = unsafe { x.raw() };
+        for first in (0..a.rows).step_by(ROWS) {
+            let range = first..a.rows.min(first + ROWS);
+            pieces.push((x.row_range(range.clone()), a.row_range(range)));
+        }
+    }
+    pool::for_each(cx.threads, pieces.len(), &|k| {
+        let (x, a) = pieces[k];
+        // SAFETY: as above; one thread has a piece.
+        let x =
+            unsafe { MatMut::from_raw(x.ptr.cast_mut(), x.dtype, x.shape(), (x.rs, x.cs)) }.drawn(x.draws);
+        crate::qr::copy(a, x);
+    });
+}
+
 fn same(what: &'static str, got: (usize, usize), need: (usize, usize)) -> Result<(), Error> {
     if got == need { Ok(()) } else { Err(Error::Shape { what, need, got }) }
 }

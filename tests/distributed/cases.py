@@ -274,6 +274,26 @@ def replicas_equal_one_process(shapes, steps, dtype, options, hybrid=False) -> t
     return errors(params, weights), agree, sent
 
 
+def draws_equal_one_process(layout: str, shapes, optimizer: str) -> tuple[float, bool]:
+    """The share of entries in which bfloat16 weights that are rounded by draws are not one process's, after three
+    steps; and whether copies are the same bits.
+    """
+    (shape, placements), dtype = LAYOUTS[layout], torch.bfloat16
+    where = mesh(shape)
+    values = [randn(*s, seed=5 + i, dtype=dtype) for i, s in enumerate(shapes)]
+    alone = [torch.nn.Parameter(v.clone()) for v in values]
+    params = [torch.nn.Parameter(sharded(v, where, placements)) for v in values]
+    both = [build(p, {"optimizer": optimizer, "weight_rounding": "stochastic"}) for p in (alone, params)]
+    for k in range(3):
+        for i, (p, q) in enumerate(zip(alone, params, strict=True)):
+            p.grad = gradient(shapes[i], k, i, 0, dtype)
+            q.grad = sharded(p.grad, where, placements)
+        for o in both:
+            o.step()
+    differ = sum(int((full(q) != p).sum()) for p, q in zip(alone, params, strict=True))
+    return differ / sum(p.numel() for p in alone), copies_agree(params)
+
+
 #: shape, group keys, placement
 SPECIAL: list[tuple[tuple[int, ...], dict[str, Any], Any]] = [
     ((6, 8, 5), {}, Shard(0)),  # experts: matrices of their own on each rank

@@ -1,6 +1,7 @@
 """Whole optimizer steps through the host code of the CUDA backend, its kernels on the shim, against plain torch."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -71,6 +72,26 @@ def test_every_option_equals_plain_torch(shim, options):
     assert distance(ours, theirs) < 5e-5
 
 
+@pytest.mark.parametrize(
+    "options", [{"hyperball": True}, {"row_variance": 0.9}, {"hyperball": True, "row_variance": 0.9}]
+)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_what_is_done_to_directions_equals_plain_torch(shim, residual, options):
+    """The last matrix is zero: with a norm to keep it is skipped, and counted."""
+    found = []
+    for backend in ("cupy", "torch"):
+        o, params = run(backend, [(70, 40), (40, 150)], 3, rank_fraction=0.5, residual=residual, **options)
+        zero = parameter(torch.zeros(20, 10), randn(20, 10))
+        o.add_param_group({"params": [zero], **options})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            o.step()
+        assert bool(zero.detach().any()) != ("hyperball" in options)
+        assert sum(o.skipped_steps.values()) == ("hyperball" in options)
+        found.append((o, [*params, zero]))
+    assert distance(*found) < 5e-5
+
+
 @settings(max_examples=16, deadline=None)
 @given(
     m=st.integers(1, 140),
@@ -87,6 +108,25 @@ def test_shapes_and_ranks(m, n, fraction, residual, right_factor, maximize, cach
     with serving(ShimDevice(panel_bytes=cache, seed=seed)):
         ours, theirs = (run(b, [(m, n)], 2, **options) for b in ("cupy", "torch"))
     assert distance(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("residual", [None, "normalized"])
+def test_weights_are_rounded_by_the_draws_of_plain_torch(shim, residual, dtype):
+    """In panels too, of wide matrices as they lie; AdamW and Lion. Draws of their own would differ in a third."""
+    options = {"rank_fraction": 0.5, "residual": residual, "weight_rounding": "stochastic", "compute_dtype": "float32"}
+    found = []
+    for backend in ("cupy", "torch"):
+        o, params = run(backend, [(70, 40), (40, 150), (17, 17)], 3, dtype=dtype, **options)
+        for algorithm, shape in (("adamw", (5000,)), ("lion", (40, 30))):
+            p = parameter(randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype))
+            o.add_param_group({"params": [p], "algorithm": algorithm, "weight_rounding": "stochastic"})
+            params.append(p)
+        o.step()
+        found.append((o, params))
+    (_, ours), (_, theirs) = found
+    differ = [float((p != q).float().mean()) for p, q in zip(ours, theirs, strict=True)]
+    assert max(differ) < 0.04, differ
 
 
 FORMATS = pairwise(

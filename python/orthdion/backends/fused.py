@@ -18,7 +18,7 @@ from torch import Tensor
 from orthdion import _core
 
 from ..requests import Form, Matrix, Report
-from .table import VIEW, Table, describe
+from .table import VIEW, Table, describe, drawn
 
 __all__ = ["elementwise", "low_rank", "written"]
 
@@ -85,7 +85,8 @@ def low_rank(matrices: Sequence[Matrix], forms: Sequence[Form], kept: dict[Any, 
         scales = np.array([w.scale for w in part.matrices])
         reports = np.zeros((len(part.matrices), 8))
         double = part.matrices[0].x.dtype == torch.float64
-        _core.lowrank_step(part.table, options, scales, reports, double, torch.get_num_threads())
+        rounding = drawn([w.draws for w in part.matrices])
+        _core.lowrank_step(part.table, options, scales, rounding, reports, double, torch.get_num_threads())
         written(part.targets)
         for i in np.flatnonzero(reports.any(axis=1)).tolist():
             skipped, null, *figures = reports[i].tolist()
@@ -104,7 +105,8 @@ def elementwise(matrices: Sequence[Matrix], forms: Sequence[Form], kept: dict[An
         if counted:
             steps[counted] += torch.stack(part.counters).double().numpy()
         skipped = np.zeros(len(part.matrices), dtype=bool)
-        _core.elementwise_step(part.table, options, steps, skipped, double, torch.get_num_threads())
+        rounding = drawn([w.draws for w in part.matrices])
+        _core.elementwise_step(part.table, options, steps, rounding, skipped, double, torch.get_num_threads())
         written(part.targets)
         if advanced := [c for c, i in zip(part.counters, counted, strict=True) if not skipped[i]]:
             torch._foreach_add_(advanced, 1.0)

@@ -18,7 +18,9 @@ from orthdion import _core
 from ..numerics.bits import row_bytes
 from ..requests import (
     Average,
+    AverageChanges,
     Blend,
+    Draws,
     Elementwise,
     Energies,
     Factor,
@@ -27,6 +29,7 @@ from ..requests import (
     LowRankUpdate,
     NewtonSchulz,
     Pack,
+    PackChange,
     Precision,
     Product,
     Request,
@@ -38,7 +41,7 @@ from ..requests import (
 )
 from .base import Fused
 from .fused import elementwise, low_rank, written
-from .table import table
+from .table import drawn, table
 from .torch import TorchBackend
 
 __all__ = ["RustBackend"]
@@ -61,7 +64,8 @@ class RustBackend(TorchBackend):
         if isinstance(request, (ResidualMatrix, ResidualSums)):
             return type(request), request.b.w.precision
         if isinstance(request, LowRankUpdate):
-            return LowRankUpdate, request.b.w.precision, _kind(request)
+            w = request.b.w
+            return LowRankUpdate, w.precision, _kind(request), w.draws is None
         return request.key()
 
     # ------------------------------------------------------------ factorizations and iterations
@@ -181,6 +185,23 @@ class RustBackend(TorchBackend):
         _core.average(_flat(q.packed), ranks, (m, q.columns), q.bits, _flat(out), double, _threads())
         return out
 
+    def pack_change(self, q: PackChange) -> tuple[Tensor, Tensor]:
+        """A row at a time."""
+        m, n = q.tensor.shape
+        out = torch.empty(m, row_bytes(n, q.bits, q.tensor.dtype), dtype=torch.uint8)
+        memory = torch.empty(m, n, dtype=q.tensor.dtype)
+        old, new = (_flat(q.tensor), _flat(q.memory)), (_flat(out), _flat(memory))
+        _core.pack_change(*old, (m, n), q.bits, q.fade, *new, _threads())
+        return out, memory
+
+    def average_changes(self, q: AverageChanges) -> tuple[Tensor, Tensor]:
+        """A row at a time."""
+        (ranks, m, k), n = q.packed.shape, q.tensor.shape[1]
+        out, memory = torch.empty(m, k, dtype=torch.uint8), torch.empty(m, n, dtype=q.tensor.dtype)
+        old, new = (_flat(q.tensor), _flat(q.memory)), (_flat(out), _flat(memory))
+        _core.average_changes(_flat(q.packed), ranks, q.own, *old, (m, n), q.bits, q.fade, *new, _threads())
+        return out, memory
+
     # ------------------------------------------------------------ writes
 
     def low_rank_update_of_many(self, qs: list[LowRankUpdate]) -> list[Any]:
@@ -190,7 +211,9 @@ class RustBackend(TorchBackend):
         rows, numbers, scales = [], [], []
         for q in qs:
             w, u, alpha, extra = q.b.w, q.v, 0.0, q.r
-            if q.residual is not None:
+            if q.direction is not None:
+                u, alpha, extra = torch.zeros_like(q.v), 1.0, q.direction
+            elif q.residual is not None:
                 if q.residual.alpha is not None:
                     alpha = float(q.residual.alpha)
                 if kind == "share":
@@ -204,15 +227,23 @@ class RustBackend(TorchBackend):
             numbers.append((q.scale, alpha, float(q.b.size)))
         flat = torch.cat(scales).double().numpy() if scales else np.empty(0)
         double = qs[0].b.w.precision.dtype == torch.float64
-        _core.writes(table(rows), list(forms), np.array(numbers), kind, flat, double, _threads())
+        rounding = drawn([q.b.w.draws for q in qs])
+        _core.writes(table(rows), list(forms), np.array(numbers), kind, flat, rounding, double, _threads())
         written([t for q in qs for t in (q.b.w.x, q.b.m)])
         for q in qs:
             self.keep(q)
         return [q.b.w.outcome(q.null, q.figures) for q in qs]
 
+    def draw(self, target: Tensor, value: Tensor, draws: Draws) -> None:
+        """One pass."""
+        row = ((*target.shape, 0, 0), (target, value))
+        _core.rounded(table([row]), drawn([draws]), _threads())
+
 
 def _kind(q: LowRankUpdate) -> Literal["share", "given", "scaled", "missed"]:
     """What is added to P Vᵀ: a share of B, T as it is given, or T with scaled columns and rows, given or not."""
+    if q.direction is not None:
+        return "given"
     if q.residual is None or (q.residual.columns is None and q.residual.given is None):
         return "share"
     if q.residual.columns is None:

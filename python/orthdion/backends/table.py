@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DTYPES", "VIEW", "Table", "describe", "operands", "table"]
+from ..requests import Draws
+
+__all__ = ["DTYPES", "VIEW", "Table", "describe", "drawn", "operands", "table"]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NUMPY = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.float16): 3}
@@ -42,6 +44,13 @@ def _view(a: Tensor | np.ndarray[Any, Any]) -> View:
 def operands(*arrays: Tensor | np.ndarray[Any, Any]) -> Table:
     """The table of a call on a few matrices: ``[rows, columns, 0]`` and the view, a row each."""
     return np.array([(a.shape[0], a.shape[1], 0, *_view(a)) for a in arrays], dtype=np.int64)
+
+
+def drawn(draws: Sequence[Draws | None]) -> Table:
+    """How the first views of a call's rows are rounded: all by draws, or none."""
+    found = [d for d in draws if d is not None]
+    assert len(found) in (0, len(draws)), "weights of one call are rounded alike"
+    return np.array(found, dtype=np.int64).reshape(-1, 4)
 
 
 def table(rows: Sequence[tuple[tuple[int, ...], tuple[Tensor | np.ndarray[Any, Any], ...]]]) -> Table:

@@ -17,13 +17,16 @@ from torch import Tensor
 from ..numerics import bits, orthonormal
 from ..numerics import newton_schulz as ns
 from ..numerics.orthonormal import double
-from ..numerics.rounding import rounded
+from ..numerics.rounding import drawn, rounded, words
 from ..requests import (
     ALONE,
     Average,
+    AverageChanges,
     Blend,
     Columns,
     CompressedMean,
+    Direction,
+    Draws,
     Energies,
     Factor,
     Form,
@@ -33,7 +36,9 @@ from ..requests import (
     MatMul,
     Matrix,
     NewtonSchulz,
+    Norms,
     Pack,
+    PackChange,
     Polar,
     Precision,
     Product,
@@ -65,8 +70,10 @@ class TorchBackend:
     fused: Mapping[type[Form], Fused] = {}
     _METHODS: ClassVar[dict[type[Request], str]] = {
         Average: "average",
+        AverageChanges: "average_changes",
         Columns: "columns",
         CompressedMean: "compressed_mean",
+        Direction: "direction",
         Energies: "energies",
         Factor: "factor",
         Gram: "gram",
@@ -74,7 +81,9 @@ class TorchBackend:
         Map: "map",
         MatMul: "matmul",
         NewtonSchulz: "newton_schulz",
+        Norms: "norms",
         Pack: "pack",
+        PackChange: "pack_change",
         Polar: "polar",
         Product: "product",
         ResidualMatrix: "residual_matrix",
@@ -172,9 +181,20 @@ class TorchBackend:
         """From bits to bits."""
         return bits.average(q.packed, q.columns, q.bits, q.dtype)
 
-    def compressed_mean(self, q: CompressedMean) -> Tensor:
-        """Of a rank that is alone: packed twice, as its own owner."""
+    def pack_change(self, q: PackChange) -> tuple[Tensor, Tensor]:
+        """In bits."""
+        return bits.pack_change(q.tensor, q.memory, q.bits, q.fade)
+
+    def average_changes(self, q: AverageChanges) -> tuple[Tensor, Tensor]:
+        """From bits to bits."""
+        return bits.average_changes(q.packed, q.tensor, q.memory, q.own, q.bits, q.fade)
+
+    def compressed_mean(self, q: CompressedMean) -> Any:
+        """Of a rank that is alone, as its own owner: packed twice, or with a memory once."""
         n, dtype = q.tensor.shape[1], q.tensor.dtype
+        if q.memory is not None:
+            packed = self.pack(Pack(q.tensor, q.bits))
+            return self.unpack(Unpack(packed, n, q.bits, dtype)), q.memory * q.fade
         mean = self.average(Average(self.pack(Pack(q.tensor, q.bits))[None], n, q.bits, dtype))
         return self.unpack(Unpack(mean, n, q.bits, dtype))
 
@@ -186,13 +206,25 @@ class TorchBackend:
         squares = t.square()
         return squares.sum(1), squares.sum(0)
 
+    def norms(self, q: Norms) -> Tensor:
+        """Some rows at a time, as copies in double are large."""
+        rows = max((1 << 18) // max(q.x.shape[1], 1), 1) if q.x.device.type == "cpu" else max(len(q.x), 1)
+        total = double(q.x.new_zeros(3))
+        for x, d in zip(q.x.split(rows), q.d.split(rows), strict=True):
+            x, d = double(x), double(d)
+            total += torch.stack([x.square().sum(), (x * d).sum(), d.square().sum()])
+        return total
+
     # ------------------------------------------------------------ blends
 
     def _formed(self, b: Blend) -> Tensor:
-        if b.formed is None:
-            dtype = b.w.precision.dtype
-            b.formed = (b.cm * b.m.to(dtype) + b.cg * b.w.g.to(dtype)) * b.size
-        return b.formed  # type: ignore[no-any-return]
+        if isinstance(b.formed, Tensor):
+            return b.formed
+        dtype = b.w.precision.dtype
+        found = (b.cm * b.m.to(dtype) + b.cg * b.w.g.to(dtype)) * b.size
+        if b.formed is None:  # another backend's room stays its own
+            b.formed = found
+        return found
 
     def sketch(self, q: Sketch) -> tuple[Tensor, Tensor]:
         """``B Q`` and max |B|"""
@@ -237,17 +269,9 @@ class TorchBackend:
 
     def low_rank_update(self, q: LowRankUpdate) -> Any:
         """X, M and Q."""
-        w, residual, (a, b) = q.b.w, q.residual, q.feedback
+        w, (a, b) = q.b.w, q.feedback
         dtype, precision = w.precision.dtype, w.precision
-        d = self._matmul(q.p, q.v.T, precision)
-        if residual is not None:
-            t = residual.given
-            if t is None:
-                t = self.residual_matrix(ResidualMatrix(q.b, q.p, q.r))
-            if residual.alpha is not None:
-                d = d + (double(t) * residual.alpha).to(d.dtype)
-            elif residual.columns is not None and residual.rows is not None:
-                d = d + (double(t) * residual.columns * residual.rows[:, None]).to(d.dtype)
+        d = self.direction(Direction(q)) if q.direction is None else q.direction
         plus = a * (q.b.m.to(dtype) + math.copysign(1.0, q.b.cg) * w.g.to(dtype))
         if a != b:
             plus = plus - (a - b) / q.b.size * self._matmul(q.p, q.fed.T, precision)
@@ -256,15 +280,33 @@ class TorchBackend:
         self.keep(q)
         return w.outcome(q.null, q.figures)
 
+    def direction(self, q: Direction) -> Tensor:
+        """``P Vᵀ`` and what is added to it."""
+        of, residual = q.of, q.of.residual
+        d = self._matmul(of.p, of.v.T, of.b.w.precision)
+        if residual is not None:
+            t = residual.given
+            if t is None:
+                t = self.residual_matrix(ResidualMatrix(of.b, of.p, of.r))
+            if residual.alpha is not None:
+                d = d + (double(t) * residual.alpha).to(d.dtype)
+            elif residual.columns is not None and residual.rows is not None:
+                d = d + (double(t) * residual.columns * residual.rows[:, None]).to(d.dtype)
+        return d
+
     def keep(self, q: LowRankUpdate) -> None:
-        """Stores the next step's Q."""
+        """Stores the next step's Q, and the states that the request brings."""
         self._store(q.b.w, q.b.w.state["Q"], q.q)
+        self._keep(q.b.w, q.states)
+
+    def _keep(self, w: Matrix, states: dict[str, Tensor]) -> None:
+        for name, value in states.items():
+            self._store(w, w.state[name], value)
 
     def update(self, q: Update) -> Any:
         """X and states."""
         self._descend(q.w, q.direction, q.lr, q.weight_decay, q.scale)
-        for name, value in q.states.items():
-            self._store(q.w, q.w.state[name], value)
+        self._keep(q.w, q.states)
         return q.w.outcome()
 
     def _descend(self, w: Matrix, d: Tensor, lr: Any, weight_decay: Any, scale: float) -> None:
@@ -279,7 +321,19 @@ class TorchBackend:
         decayed = (1.0 - lr * weight_decay) * wide
         if w.cautious:
             decayed = torch.where(wide.sign() * d.sign() < 0, wide, decayed)
-        self._store(w, x, decayed - lr * scale * d)
+        found = decayed - lr * scale * d
+        if w.draws is None:
+            self._store(w, x, found)
+        elif w.skip is None:
+            self.draw(x, found, w.draws)
+        else:
+            there = x.clone()
+            self.draw(there, found, w.draws)
+            x.copy_(torch.where(w.skip, x, there))
+
+    def draw(self, target: Tensor, value: Tensor, draws: Draws) -> None:
+        """Writes ``value``, float32, each entry as one of its neighbours in the target's format."""
+        target.copy_(drawn(value, words(*draws, target.shape, target.device), target.dtype))
 
     def _store(self, w: Matrix, target: Tensor, value: Tensor) -> None:
         """Writes ``value``, unless the matrix's flag says not to. What is beyond the format's range becomes its largest

@@ -76,7 +76,7 @@ class Entry:
         if g.is_neg():
             g = g.resolve_neg()
         if made is None or not known:
-            self._follow(state, deferred)
+            self._follow(state, rule, deferred)
             made = self._look(g, state, rule, layout, copies)
         if self.rule.elementwise:
             row = _row(g, made[0].x, local(self.p)) if known else made[0].g
@@ -111,7 +111,7 @@ class Entry:
         if now == self._fits:
             return  # what is sharded, or has been copied, is looked at anew at each step
         sides = Sides((), ()) if fold is None else Sides.read_off(fold, rule, state)
-        for key, kept in stored(fold, rule, sides, None).items():
+        for key, kept in stored(fold, rule.kept_in(self.layout), sides, None).items():
             if key not in state:
                 raise StateError(f"it has lost its state {key!r}")
             if not isinstance(state[key], Tensor):
@@ -121,11 +121,12 @@ class Entry:
                 raise StateError(f"its state {key!r} has shape {tuple(state[key].shape)}, not {tuple(need)}")
         self._fits = now
 
-    def _follow(self, state: dict[str, Tensor], deferred: bool) -> None:
+    def _follow(self, state: dict[str, Tensor], rule: Rule, deferred: bool) -> None:
         """Moves the states to where the model has been moved since they were made."""
-        device = self.p.device
+        device, kept = self.p.device, rule.kept_in(self.layout)
         for key, t in state.items():
-            if base_name(key) in self.rule.states and t.device != device and (t.ndim or deferred):
+            spec = kept.get(base_name(key))
+            if spec is not None and not spec.host and t.device != device and (t.ndim or deferred):
                 state[key] = t.to(device)
 
     def lies_as_before(self, state: dict[str, Tensor], layout: Layout) -> bool:
@@ -146,8 +147,9 @@ class Entry:
             found = self._matrices(state, rule, layout, copies)
         # A DTensor's local part may be another object at each step.
         if self.placed.mesh is None and len(copies.made) == before:
-            kept = ((key, t) for key, t in state.items() if base_name(key) in rule.states)
-            self._states = tuple((key, t, t.data_ptr()) for key, t in kept)
+            kept = rule.kept_in(self.layout)
+            own = ((key, t) for key, t in state.items() if base_name(key) in kept)
+            self._states = tuple((key, t, t.data_ptr()) for key, t in own)
             self._key = (p.data_ptr(), p.stride(), layout)
             self.seen = found
         return found
@@ -169,7 +171,7 @@ class Entry:
         xs = self._parts(x, x, copies)
         found: list[dict[str, Tensor]] = [{} for _ in xs]
         which = [(e, k) for e in range(len(xs) // fold.parts) for k in range(fold.parts)]
-        for key, kept in stored(fold, rule, sides, None).items():
+        for key, kept in stored(fold, rule.kept_in(self.layout), sides, None).items():
             t = local(state[key])
             if not kept.parts:
                 parts = self._parts(t, x, copies) if kept.state.axes else [t] * len(xs)
@@ -181,7 +183,7 @@ class Entry:
                 if k in kept.parts:
                     found[i][kept.name] = kept.of(t, fold, e, k, sides, span, copies)
         made = []
-        for i, (_, k) in enumerate(which):
+        for i, (e, k) in enumerate(which):
             m, flip = fold.sizes[k], sides.flips[k]
             extents = partial(extents_of, fold, self.placed, sides.flips, k) if self.placed.mesh is not None else None
             made.append(
@@ -194,9 +196,27 @@ class Entry:
                     rule.scale(m, n, sides.ranks[k]),
                     layout.transposed if flip else layout,
                     extents=extents,
+                    place=self._place(e, k, flip),
                 )
             )
         return made
+
+    def _place(self, e: int, k: int, flip: bool) -> tuple[int, int, int]:
+        """Which numbers the entries of part ``k`` of this rank's weight ``e`` have in the parameter."""
+        fold, placed = self.fold, self.placed
+        assert fold is not None
+        (top, _, left, _), n = (0, 0, 0, 0), fold.cols
+        if placed.mesh is not None:
+            upright = extents_of(fold, placed, (False,) * fold.parts, k)
+            top, _, left, _ = upright[placed.layout.shards.index]
+        before = (e + placed.ranges[0][0] if fold.stacked else 0) * fold.rows + sum(fold.sizes[:k])
+        return (before + top) * n + left, *((1, n) if flip else (n, 1))
+
+    def _place_of_rows(self, shape: torch.Size) -> tuple[int, int, int]:
+        """The same of an elementwise rule's rows; where an axis behind the second is cut, it depends on the layout."""
+        starts = [first for first, _ in self.placed.ranges]
+        widths = [math.prod(self.p.shape[axis + 1 :]) for axis in range(self.p.ndim)]
+        return sum(map(math.prod, zip(starts, widths, strict=True))), widths[0] if shape[0] > 1 else 0, 1
 
     def _rows(self, g: Tensor, state: dict[str, Tensor], layout: Layout, copies: Copies) -> list[Matrix]:
         """A tensor of any shape as a row, or where it does not lie densely as what comes nearest."""
@@ -204,7 +224,9 @@ class Entry:
         names = [name for name, spec in self.rule.states.items() if spec.axes]
         tensors = [x, g, *(local(state[name]) for name in names)]
         counters = {name: state[name] for name in self.rule.states if name not in names}
-        found = flat(tensors)
+        # Entries of a part that is cut behind the first axis have no numbers in a row.
+        cut = any(self.placed.ranges[a] != (0, n) for a, n in enumerate(self.p.shape) if a)
+        found = None if cut else flat(tensors)
         if found is None and x.ndim <= 2:
             found = [t if t.ndim == 2 else t.reshape(1, -1) if t.ndim == 0 else t[None] for t in tensors]
         if found is None:
@@ -214,7 +236,8 @@ class Entry:
                     copies.made.append(partial(write_back, t, view, x))
         rows, cols = found[0].shape
         states = dict(zip(names, found[2:], strict=True)) | counters
-        return [Matrix(found[0], found[1], states, (rows, cols), (rows, cols), 1.0, layout)]
+        place = self._place_of_rows(found[0].shape) if self.p.ndim else (0, 0, 1)
+        return [Matrix(found[0], found[1], states, (rows, cols), (rows, cols), 1.0, layout, place=place)]
 
 
 def extents_of(fold: Fold, placed: Placed, flips: tuple[bool, ...], k: int) -> list[Extent]:

@@ -12,7 +12,7 @@ from .fold import SHAPE_KEYS, check_shape_keys
 from .options import names_of, options_of, refuse_unknown, unpack_betas
 from .registry import find, register, rules
 from .resolved import Resolved
-from .rule import Rule
+from .rule import OF_MATRICES, Rule
 from .saving import SavedOptimizer
 from .signature import Common, companions
 
@@ -70,6 +70,8 @@ class Groups(SavedOptimizer):
         refuse_unknown(group, (*names_of(rule), *SHAPE_KEYS, "algorithm", "betas"), self.defaults)
         filled = {f.name: f.default for f in fields(rule)}
         for f in fields(rule):
+            if rule.elementwise and not self._own.elementwise and f.name in OF_MATRICES:
+                continue
             if f.name in self._given or (f.name in _SHARED and f.name in self.defaults):
                 filled[f.name] = self.defaults[f.name]
         own = {k: v for k, v in group.items() if k in filled}

@@ -17,8 +17,10 @@ from torch.optim.optimizer import ParamsT
 from .._text import table
 from ..backends import choose, get
 from ..distributed import Meshes, Replicas, Traffic, local
-from ..requests import Body, Layout, Precision, Report
+from ..numerics.rounding import NARROW, key_of
+from ..requests import Body, Draws, Layout, Precision, Report
 from . import gradients
+from .capture import is_capturing
 from .entries import Entry, StateError, has_no_data
 from .fold import Copies
 from .held import Held
@@ -172,7 +174,11 @@ class MatrixOptimizer(Members):
             if g is None:
                 g = torch.zeros_like(local(p))
             deferred = part.deferred
+            key = self._rounding_key(entry, rule)
             made = entry.matrices(g, state, rule, at, copies, known, deferred)
+            if key is not None:
+                for w in made:
+                    w.draws = Draws(key, *w.place)
             whole = at.trivial and skip is None
             if of is None or of[0] is not rule or of[1] is not whole:
                 of = rule, whole
@@ -198,6 +204,22 @@ class MatrixOptimizer(Members):
                 self._check_gradients_overlap()
                 raise
         copies.write_back()
+
+    def _rounding_key(self, entry: Entry, rule: Rule) -> int | None:
+        """Of this step and parameter, if its weights are rounded by draws.
+
+        Raises:
+            RuntimeError: where a graph would freeze the step's number.
+        """
+        p = entry.p
+        if rule.weight_rounding == "nearest" or p.dtype not in NARROW:
+            return None
+        if is_capturing(p.device):
+            raise RuntimeError(
+                "stochastic rounding draws by the number of the step, which a captured graph would freeze: call "
+                "optimizer.step(), or set weight_rounding='nearest'"
+            )
+        return key_of(rule.rounding_seed, entry.index, int(entry.group["step"]))
 
     def _settle(self, entry: Entry, rule: Rule) -> tuple[str, torch.device]:
         """What is kept of a parameter for as long as it lies where it does: its states fit, and a backend serves it.
@@ -287,7 +309,7 @@ class MatrixOptimizer(Members):
 
     def _checked_when_fused(self, entry: Entry, rule: Rule) -> bool:
         """Whether a backend's own step looks for NaN and infinity."""
-        form = rule.fused()
+        form = rule.in_one_piece()
         return form is not None and type(form) in get(choose(self._backend, entry.p.device, entry.p.dtype)[0]).fused
 
     def _warn_if_synchronised(self, given: Sequence[Given]) -> None:
@@ -310,8 +332,10 @@ class MatrixOptimizer(Members):
             self._skips.counts[self._name(p)] += 1
         if (self._skips.close_step() or found) and self._skips.news():
             name = self._name(found[0]) if found else "a parameter"
+            kept = any(group.get("hyperball") for group in self.param_groups)
+            balls = ", or with hyperball its weight has no norm to keep, as it is zero" if kept else ""
             warnings.warn(
-                f"the gradient or a state of {name} holds NaN or infinity: it was not stepped. "
+                f"the gradient or a state of {name} holds NaN or infinity{balls}: it was not stepped. "
                 "Further ones are counted in optimizer.skipped_steps; a state is started afresh by "
                 "optimizer.reset_state(p)",
                 stacklevel=6,

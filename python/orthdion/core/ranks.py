@@ -27,7 +27,7 @@ from .states import Sides, stored, write_orthonormal
 __all__ = ["EFFECTIVE", "Ranks", "effective_rank", "next_rank", "observed", "refuse"]
 
 #: The state of a parameter whose rank changes: the running mean of its effective rank, on the host.
-EFFECTIVE = {"effective_rank": StateSpec((), dtype=torch.float64)}
+EFFECTIVE = {"effective_rank": StateSpec((), dtype=torch.float64, host=True)}
 #: What the running mean keeps of itself, and the rank over it.
 _KEPT, _ROOM = 0.9, 1.5
 #: Ranks change in steps of so many columns, from the least to this share of the smaller side, by so many more at most.
@@ -158,8 +158,8 @@ def _relay(entry: Entry, rule: Rule, state: Any, squares: list[list[float]], new
     was = Sides.read_off(fold, rule, state)
     sides, at = Sides(was.flips, (new,) * fold.parts), ("", p, placed)
     span, count = placed.ranges[fold.row_axis], len(squares) // fold.parts
-    old = stored(fold, rule, was, at)
-    for key, kept in stored(fold, rule, sides, at).items():
+    old = stored(fold, rule.kept, was, at)
+    for key, kept in stored(fold, rule.kept, sides, at).items():
         if "rank" not in kept.state.axes:
             continue
         there = local(state[key])

@@ -22,32 +22,55 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..requests import Body, Form, Layout, Matrix, Outcome
-from .options import flag, number
+from .options import check_number, choice, flag, number, option, whole
 
-__all__ = ["Axis", "Rule", "StateSpec", "States"]
+__all__ = ["OF_MATRICES", "Axis", "Rule", "StateSpec", "States", "row_variance"]
 
-Axis = Literal["rows", "cols", "rank"]
+Axis = Literal["rows", "cols", "rank", "out"]
+
+#: Options of every rule that are of matrices: a group of an elementwise rule does not take them from its optimizer.
+OF_MATRICES = ("hyperball", "row_variance")
 
 
 @dataclass(frozen=True)
 class StateSpec:
     """A state by its axes, from which shape, sharding, saving and re-laying follow.
 
-    ``("rows", "cols")`` lies as the weight does; ``("cols", "rank")``, ``("rows",)`` and the like are of each matrix;
-    ``()`` is one number a parameter. ``dtype`` None: ``q_dtype`` for what has a rank, ``momentum_dtype`` for the rest.
+    ``("rows", "cols")`` lies as the weight does; ``("cols", "rank")``, ``("rows",)`` and the like are of each matrix,
+    ``("out",)`` of its output features, which of a matrix that is seen transposed are the columns; ``()`` is one number
+    a parameter. ``dtype`` None: ``q_dtype`` for what has a rank, ``momentum_dtype`` for the rest.
+    ``apart``: replicas that average factors have one each; a checkpoint has the mean, with which all of them go on.
+    ``host``: no step reads it, so it stays with the host.
     """
 
     axes: tuple[Axis, ...] = ("rows", "cols")
     start: Literal["zeros", "orthonormal"] = "zeros"
     dtype: torch.dtype | None = None
+    apart: bool = False
+    host: bool = False
 
 
 States = dict[str, StateSpec]
+
+
+def _check_share(name: str, value: Any) -> Any:
+    return None if value is None else check_number(name, value, 0.0, 1.0, open_high=True)
+
+
+def row_variance(default: float | None) -> Any:
+    """The option of that name."""
+    return option(
+        default,
+        _check_share,
+        "β₂ of NorMuon's even rows (arXiv 2510.05491): each output's step is divided by its running root mean square, "
+        "at the step's norm. None: not.",
+        structural=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +109,20 @@ class Rule:
     cautious_weight_decay: bool = flag(
         False, doc="Decay only entries that the step does not push away from zero (arXiv 2510.12402)."
     )
+    hyperball: bool = flag(
+        False,
+        doc="Keep each matrix's Frobenius norm, with steps of η times that norm (arXiv 2606.16899): adjust_lr then "
+        "makes no difference.",
+    )
+    row_variance: float | None = row_variance(None)
+    weight_rounding: Literal["nearest", "stochastic"] = choice(
+        "nearest",
+        "nearest",
+        "stochastic",
+        doc='How weights of bfloat16 and float16 are rounded: "nearest", or "stochastic", up or down as is right on '
+        "average, so that small steps are not lost.",
+    )
+    rounding_seed: int = whole(0, 0, doc="Of stochastic rounding; saved, unlike ``seed``.")
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """The step of one matrix: reads, asks, and ends with an update. The gradient is finite, and averaged."""
@@ -94,6 +131,20 @@ class Rule:
     def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> Form | None:
         """What a backend that has this step in one piece is told; None: there is no such piece."""
         return None
+
+    def in_one_piece(self, *, diagnostics: bool = False, bfloat16: bool = False) -> Form | None:
+        """:meth:`fused`, unless the direction must be known as a whole before it is written."""
+        return None if self.controlled else self.fused(diagnostics=diagnostics, bfloat16=bfloat16)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether something is done to its directions before they are written (:mod:`.control`)."""
+        return self.hyperball or self.row_variance is not None
+
+    @property
+    def kept(self) -> States:
+        """Its states, those of options among them."""
+        return self.states if self.row_variance is None else {**self.states, "variance": StateSpec(("out",))}
 
     def scale(self, fan_out: int, fan_in: int, rank: int) -> float:
         """What η is multiplied by for a weight (fan_out, fan_in) whose states have this rank."""
@@ -108,6 +159,12 @@ class Rule:
         # A fraction such as 0.1 of 30 must give 3, not the 4 that its rounding error would make of it.
         return min(math.ceil(round(fraction * min(m, n) / multiple, 9)) * multiple, min(m, n))
 
+    def kept_in(self, at: Layout) -> States:
+        """What it keeps of matrices that lie so: its states, and what only some layouts need, which starts afresh where
+        a checkpoint has none of it.
+        """
+        return self.kept
+
     def unsupported(self, at: Layout) -> str | None:
         """Why matrices that lie so cannot be stepped, and the remedy; None if they can."""
         return None
@@ -118,22 +175,29 @@ class Rule:
         return options
 
     @property
-    def kept(self) -> States:
-        """What it keeps with these options: its states, and what further options need."""
-        return self.states
-
-    @property
     def adapts(self) -> bool:
         """Whether its steps leave what the next rank is made of (:mod:`.ranks`)."""
         return False
 
     def check(self) -> None:
-        """Refuses options that do not go together (:class:`ValueError`)."""
+        """Refuses options that do not go together (:class:`ValueError`); one that overrides it calls this one too."""
+        if self.elementwise and self.controlled:
+            name = "hyperball" if self.hyperball else "row_variance"
+            raise ValueError(
+                f"{name} is for matrices, and {self.name} sees none; leave it out of groups of {self.name}"
+            )
+        if self.hyperball and self.cautious_weight_decay:
+            raise ValueError(
+                "hyperball keeps the norm of weights, so there is no decay to be careful with; leave out "
+                "cautious_weight_decay, or hyperball"
+            )
+        if self.row_variance is not None and "variance" in self.states:
+            raise ValueError(f"{self.name} has a variance of its own, beta2 is its β₂; leave out row_variance")
 
     @property
     def keeps_factors(self) -> bool:
         """Whether a state of it has a rank."""
-        return any("rank" in state.axes for state in self.states.values())
+        return any("rank" in state.axes for state in self.kept.values())
 
     @property
     def shared(self) -> tuple[float, float, bool, bool]:

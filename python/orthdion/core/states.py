@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed import Placed, is_dtensor, local
 from .fold import Copies, Fold
-from .rule import Axis, Rule, StateSpec
+from .rule import Axis, Rule, States, StateSpec
 from .starts import Orthonormal, generator
 
 __all__ = ["Formats", "Sides", "Stored", "base_name", "fitted", "initial", "stored", "write_orthonormal"]
@@ -60,7 +60,7 @@ class Sides:
             ValueError: where parts of unequal size would need unequal ranks that are not the rule's.
         """
         found = Sides.of(fold, rule)
-        for key, kept in stored(fold, rule, found, None).items():
+        for key, kept in stored(fold, rule.kept, found, None).items():
             axes = kept.state.axes
             if "rank" not in axes or not isinstance(states.get(key), Tensor):
                 continue
@@ -130,7 +130,7 @@ class Stored:
         return t
 
 
-def stored(fold: Fold | None, rule: Rule, sides: Sides, at: tuple[str, Tensor, Placed] | None) -> dict[str, Stored]:
+def stored(fold: Fold | None, states: States, sides: Sides, at: tuple[str, Tensor, Placed] | None) -> dict[str, Stored]:
     """Every tensor that a parameter's states are kept in. ``fold`` None: of an elementwise rule. ``at``: the name, the
     parameter and how it lies over ranks; None: as if on one.
 
@@ -138,7 +138,7 @@ def stored(fold: Fold | None, rule: Rule, sides: Sides, at: tuple[str, Tensor, P
         NotImplementedError: where a state would have to be split other than the parameter is.
     """
     found: dict[str, Stored] = {}
-    for name, state in rule.kept.items():
+    for name, state in states.items():
         if state.axes == ():
             found[name] = Stored(name, state, (), torch.Size(()), {})
         elif fold is None or set(state.axes) == {"rows", "cols"}:
@@ -164,6 +164,7 @@ def _stored(
     """Of a state of each matrix: the stack's axis, the parts', and then its own."""
     upright: Axis = "cols" if flip else "rows"
     across: Axis = "rows" if flip else "cols"
+    state = replace(state, axes=tuple(upright if a == "out" else a for a in state.axes))
     several = fold.parts > 1
     rows = fold.rows if several else fold.sizes[0]
     sizes: dict[Axis, int] = {upright: rows, across: fold.cols, "rank": max(sides.ranks[k] for k in parts)}
@@ -250,20 +251,28 @@ def fitted(
     fold: Fold | None,
     placed: Placed,
     rule: Rule,
+    states: States,
+    formats: Formats,
     current: dict[str, Tensor],
     saved: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """The saved states on the parameter's device and ranks, in the dtypes of the current ones.
+    """The saved states on the parameter's device and ranks, in the dtypes of the current ones. ``states``: what the
+    rule keeps here.
 
-    Another rank is welcome, and so are ranked states on the matrix's other side.
+    Another rank is welcome, and so are ranked states on the matrix's other side. What a rule keeps in some layouts only
+    starts afresh where it was not saved.
 
     Raises:
         ValueError: for states that are missing, or that have other shapes.
     """
-    usual = stored(fold, rule, Sides((), ()) if fold is None else Sides.of(fold, rule), (name, p, placed))
-    # What an option adds to a rule's states starts with it.
-    added = {k: current[k] for k in usual.keys() & current.keys() if base_name(k) not in rule.states}
-    saved = {**added, **saved}
+    usual_sides = Sides((), ()) if fold is None else Sides.of(fold, rule)
+    usual = stored(fold, states, usual_sides, (name, p, placed))
+    extra = {key: kept for key, kept in usual.items() if kept.name not in rule.kept}
+    # What only the host follows starts with the option that asks for it.
+    saved = {**{k: current[k] for k, kept in usual.items() if kept.state.host and k in current}, **saved}
+    if extra.keys() - (saved.keys() & current.keys()):
+        fresh = initial(p, fold, usual_sides, placed, extra, formats, None, 0)
+        current, saved = {**fresh, **current}, {**fresh, **saved}
     if missing := usual.keys() - saved.keys():
         raise ValueError(
             f"the loaded state of {name} has no {', '.join(sorted(missing))} (it has {', '.join(saved)}); "
@@ -277,7 +286,7 @@ def fitted(
         except ValueError as e:
             raise ValueError(f"the loaded state of {name}: {e}") from None
         if all(r <= min(m, fold.cols) for r, m in zip(sides.ranks, fold.sizes, strict=True)):
-            layout = stored(fold, rule, sides, (name, p, placed))
+            layout = stored(fold, states, sides, (name, p, placed))
     result: dict[str, Any] = {k: v for k, v in saved.items() if k not in usual}
     for key, kept in layout.items():
         if tuple(new[key].shape) != tuple(kept.shape):

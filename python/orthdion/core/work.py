@@ -12,6 +12,7 @@ from ..backends import get
 from ..distributed import Communicator
 from ..requests import Body, Deferred, Matrix, Outcome, Report
 from .capture import Skips
+from .control import body
 from .rule import Rule
 from .runtime import Runtime
 
@@ -39,7 +40,7 @@ class Work:
         """
         known = self._form.get(id(rule), self)
         if known is self:
-            known = rule.fused(diagnostics=diagnostics, bfloat16=rounding == "bfloat16")
+            known = rule.in_one_piece(diagnostics=diagnostics, bfloat16=rounding == "bfloat16")
             self._form[id(rule)] = known = known if type(known) in self.backend.fused else None
         return known
 
@@ -53,18 +54,18 @@ class Work:
     def run(self, comm: Communicator, skips: Skips, done: list[Done]) -> None:
         """Steps everything; adds what became of it to ``done``."""
         if self.fused:
-            kinds: dict[type, list[int]] = {}
-            for i, form in enumerate(self.forms):
-                kinds.setdefault(type(form), []).append(i)
-            for kind, index in kinds.items():
+            kinds: dict[tuple[type, bool], list[int]] = {}
+            for i, (form, w) in enumerate(zip(self.forms, self.fused, strict=True)):
+                kinds.setdefault((type(form), w.draws is not None), []).append(i)
+            for (kind, drawn), index in kinds.items():
                 everything = len(index) == len(self.forms)
                 matrices = self.fused if everything else [self.fused[i] for i in index]
                 forms = self.forms if everything else [self.forms[i] for i in index]
                 owners = self.owners if everything else [self.owners[i] for i in index]
-                kept = self._kept.setdefault(kind, {})
+                kept = self._kept.setdefault((kind, drawn), {})
                 done.append((owners, self.backend.fused[kind](matrices, forms, kept)))
         if self.bodies:
-            bodies: list[Body[Outcome]] = [rule.step(w) for _, w, rule in self.bodies]
+            bodies: list[Body[Outcome]] = [body(rule, w) for _, w, rule in self.bodies]
             runtime = Runtime(comm, self.backend)
             outcomes = runtime.run(bodies, [w.offset for _, w, _ in self.bodies], self._together())
             kept = [(p, o) for (p, _, _), o in zip(self.bodies, outcomes, strict=True) if not _idle(o)]

@@ -133,7 +133,13 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
 
     def _advance(self, given: Sequence[Given], rules: dict[int, Rule]) -> None:
         for one in given:
-            self._fit(one.entry, rules[id(one.entry.group)])
+            rule = rules[id(one.entry.group)]
+            if (rule.controlled or rule.weight_rounding != "nearest") and self._local_step == "gradient":
+                raise ValueError(
+                    "hyperball, row_variance and weight_rounding are for steps of Dion, which local_step='gradient' "
+                    "does not take; use local_step='dion', or leave them out"
+                )
+            self._fit(one.entry, rule)
         self._largest = self._change(given)
         forced = self._since + 1 >= self._max_interval
         self._steps += 1

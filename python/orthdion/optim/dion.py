@@ -40,7 +40,10 @@ class DionRule(Rule):
     advised: ClassVar[Any] = "low rank"
     flops: ClassVar[str] = "8mnr"
     sent: ClassVar[str] = "(m+n)·r"
-    states: ClassVar[States] = {"momentum": StateSpec(), "Q": StateSpec(("cols", "rank"), start="orthonormal")}
+    states: ClassVar[States] = {
+        "momentum": StateSpec(apart=True),
+        "Q": StateSpec(("cols", "rank"), start="orthonormal"),
+    }
     tall: ClassVar[bool] = True
     checks_gradient: ClassVar[bool] = True
     averages_factors: ClassVar[bool] = True
@@ -75,7 +78,7 @@ class DionRule(Rule):
     @property
     def kept(self) -> States:
         """M and Q; where the rank changes, what it follows."""
-        return {**self.states, **EFFECTIVE} if self.adaptive_rank else self.states
+        return {**super().kept, **EFFECTIVE} if self.adaptive_rank else super().kept
 
     def scale(self, fan_out: int, fan_in: int, rank: int) -> float:
         """By ``adjust_lr``; r singular values of the direction are 1, to V's orthogonality."""

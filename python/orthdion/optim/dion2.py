@@ -50,6 +50,14 @@ class Dion2Rule(Rule):
         """By ``adjust_lr``, of the whole matrix; the slices that are stepped have singular values of 1."""
         return adjusted(self.adjust_lr, fan_out, fan_in, self._count(min(fan_out, fan_in)))
 
+    def check(self) -> None:
+        """Rows that are not stepped have no variance: Dion3 leaves theirs alone."""
+        super().check()
+        if self.row_variance is not None:
+            raise ValueError(
+                "row_variance is for steps of all rows; dion3 is dion2 with the variance of those it steps"
+            )
+
     def _count(self, length: int) -> int:
         return min(max(math.ceil(round(self.fraction * length, 9)), 1), length)
 

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 
 from ..core.adjust import adjusted
+from ..core.control import even_rows
 from ..core.optimizer import MatrixOptimizer
 from ..core.options import number
 from ..core.registry import register
 from ..core.rule import States, StateSpec
 from ..requests import Body, Matrix, Outcome, Update
 from .dion2 import Dion2Rule
-from .normuon import even_rows
 
 __all__ = ["Dion3", "Dion3Rule"]
 
@@ -42,7 +42,7 @@ class Dion3Rule(Dion2Rule):
         """Dion2's step of rows; ``v[S] ← lerp(v[S], mean_cols(O²), 1 − β₂)``."""
         m, rows, o = yield from self.orthogonalized(w, 0)
         v = w.read("variance")
-        o, chosen = yield from even_rows(w, o, v.index_select(0, rows), self.beta2, self.epsilon)
+        o, chosen = yield from even_rows(w.layout, w.shape[1], o, v.index_select(0, rows), self.beta2, self.epsilon)
         states = {"momentum": m, "variance": v.index_copy(0, rows, chosen)}
         d = torch.zeros_like(m).index_copy_(0, rows, o)
         done: Outcome = yield Update(w, d, self.lr, self.weight_decay, states, w.scale)

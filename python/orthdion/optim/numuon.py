@@ -47,6 +47,7 @@ class NuMuonRule(DionRule):
 
     def check(self) -> None:
         """No more pairs than are tracked."""
+        super().check()
         if self.step_fraction is None:
             return
         if self.adaptive_rank:

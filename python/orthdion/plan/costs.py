@@ -18,9 +18,11 @@ from ..numerics import bits
 from ..requests import (
     ALONE,
     Average,
+    AverageChanges,
     Blend,
     Columns,
     CompressedMean,
+    Direction,
     Energies,
     Factor,
     Gram,
@@ -28,7 +30,9 @@ from ..requests import (
     Map,
     MatMul,
     NewtonSchulz,
+    Norms,
     Pack,
+    PackChange,
     Polar,
     Precision,
     Product,
@@ -234,14 +238,29 @@ def _low_rank_update(q: LowRankUpdate, fused: bool) -> Answered:
     """
     (m, n), w, residual = q.b.shape, q.b.w, q.residual
     again = residual is not None and residual.columns is not None and residual.given is None and not fused
-    products = 1 + int(again) + int(q.feedback[0] != q.feedback[1])
-    moved = 2 * size_of(w.x, q.b.m) + size_of(w.g, q.p, q.v, q.q, q.q)
+    products = int(q.direction is None) + int(again) + int(q.feedback[0] != q.feedback[1])
+    moved = 2 * size_of(w.x, q.b.m) + size_of(w.g, q.p, q.v, q.q, q.q, q.direction)
     given = None if residual is None else residual.given
     costs = (
         Cost("product", _format(w.precision), products * 2 * m * n * q.p.shape[1], moved + size_of(given)),
         Cost("passes", "float32", 8 * m * n),
     )
     return Answered(costs, Report())
+
+
+def _direction(q: Direction, fused: bool) -> Answered:
+    """P Vᵀ, and P Rᵀ of a residual that is not at hand; a linear one reads B."""
+    of, (m, n), residual = q.of, q.of.b.shape, q.of.residual
+    formed = residual is not None and residual.given is None
+    out = _like(of.p, m, n)
+    moved = size_of(of.p, of.v, out) + (_of(of.b) if formed else size_of(residual.given if residual else None))
+    flops = (1 + int(formed)) * 2 * m * n * of.p.shape[1]
+    return Answered((Cost("product", _format(of.b.w.precision), flops, moved),), out)
+
+
+def _norms(q: Norms, fused: bool) -> Answered:
+    """One pass over X and D."""
+    return Answered(_pass(6 * q.x.numel(), q.x, q.d), _like(q.x, 3, dtype=torch.float64))
 
 
 def _update(q: Update, fused: bool) -> Answered:
@@ -276,8 +295,24 @@ def _average(q: Average, fused: bool) -> Answered:
     return Answered(_pass((2 * w + 2) * m * q.columns, q.packed, out), out)
 
 
+def _pack_change(q: PackChange, fused: bool) -> Answered:
+    out = _packed(q.tensor, q.tensor.shape[0], q.tensor.shape[1], q.bits, q.tensor.dtype)
+    memory = torch.empty_like(q.tensor)
+    return Answered(_pass(5 * q.tensor.numel(), q.tensor, q.memory, out, memory), (out, memory))
+
+
+def _average_changes(q: AverageChanges, fused: bool) -> Answered:
+    w, (m, n) = q.packed.shape[0], q.tensor.shape
+    out, memory = _packed(q.packed, m, n, q.bits, q.tensor.dtype), torch.empty_like(q.tensor)
+    return Answered(_pass((2 * w + 5) * m * n, q.packed, q.tensor, q.memory, out, memory), (out, memory))
+
+
 def _compressed_mean(q: CompressedMean, fused: bool) -> Answered:
-    """Of a rank that is alone: packed, averaged with itself, unpacked."""
+    """Of a rank that is alone: packed, averaged with itself or with a memory not, unpacked."""
+    if q.memory is not None:
+        alone = _pack(Pack(q.tensor, q.bits), fused)
+        back = _unpack(Unpack(alone.answer, q.tensor.shape[1], q.bits, q.tensor.dtype), fused)
+        return Answered(alone.costs + back.costs, (back.answer, torch.empty_like(q.memory)))
     sent = _pack(Pack(q.tensor, q.bits), fused)
     mean = _average(Average(sent.answer[None], q.tensor.shape[1], q.bits, q.tensor.dtype), fused)
     back = _unpack(Unpack(mean.answer, q.tensor.shape[1], q.bits, q.tensor.dtype), fused)
@@ -292,8 +327,10 @@ def _map(q: Map, fused: bool) -> Answered:
 #: The table. ``fused``: the request is a part of a step that the backend has in one piece.
 COSTS: dict[type[Request], Callable[[Any, bool], Answered]] = {
     Average: _average,
+    AverageChanges: _average_changes,
     Columns: _columns,
     CompressedMean: _compressed_mean,
+    Direction: _direction,
     Energies: _energies,
     Factor: _factor,
     Gram: _gram,
@@ -301,7 +338,9 @@ COSTS: dict[type[Request], Callable[[Any, bool], Answered]] = {
     Map: _map,
     MatMul: _matmul,
     NewtonSchulz: _newton_schulz,
+    Norms: _norms,
     Pack: _pack,
+    PackChange: _pack_change,
     Polar: _polar,
     Product: _back,
     ResidualMatrix: _residual_matrix,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.control import body
 from ..core.entries import Entry, extents_of
 from ..core.gradients import arrive, checked_by_the_step
 from ..core.members import compressed
@@ -145,7 +146,7 @@ class _Planner:
     def stored(self, part: _Part, name: str) -> dict[str, Stored]:
         """Its states over all ranks."""
         lies = None if part.placed.mesh is None else (name, part.entry.p, part.placed)
-        return stored(part.entry.fold, part.rule, part.sides, lies)
+        return stored(part.entry.fold, part.rule.kept_in(part.at), part.sides, lies)
 
     def bytes_of_states(self, part: _Part, name: str) -> int:
         """Of what the rank keeps."""
@@ -176,9 +177,7 @@ class _Planner:
         return kinds * (last - first)
 
     def _row(self, part: _Part, size: int, precision: Precision) -> Matrix:
-        state = {
-            name: self._state(part, name, (1, size) if spec.axes else ()) for name, spec in part.rule.states.items()
-        }
+        state = {name: self._state(part, name, (1, size) if spec.axes else ()) for name, spec in part.rule.kept.items()}
         return self._made(part, (1, size), state, (1, size), (1, size), 1.0, part.at, precision)
 
     def _matrix(self, part: _Part, k: int, extents: list[Extent], precision: Precision) -> Matrix:
@@ -187,16 +186,17 @@ class _Planner:
         m, n, r, flip = fold.sizes[k], fold.cols, part.sides.ranks[k], part.sides.flips[k]
         top, bottom, left, right = extents[part.at.shards.index]
         lengths = {"rows": bottom - top, "cols": right - left, "rank": r}
+        lengths["out"] = lengths["cols" if flip else "rows"]
         state = {
             name: self._state(part, name, tuple(lengths[a] for a in spec.axes))
-            for name, spec in part.rule.states.items()
+            for name, spec in part.rule.kept_in(part.at).items()
         }
         at = part.at.transposed if flip else part.at
         shape, here = (n, m) if flip else (m, n), (bottom - top, right - left)
         return self._made(part, here, state, shape, (m, n), part.rule.scale(m, n, r), at, precision, lambda: extents)
 
     def _state(self, part: _Part, name: str, shape: tuple[int, ...]) -> Tensor:
-        dtype = self.optimizer._formats.of(part.rule.states[name], part.entry.p)
+        dtype = self.optimizer._formats.of(part.rule.kept_in(part.at)[name], part.entry.p)
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def _made(
@@ -220,7 +220,7 @@ class _Planner:
 
     def whole_step(self, part: _Part) -> bool:
         """Whether a backend has this rule's step in one piece, for matrices that lie so."""
-        return self.fused and part.at.trivial and isinstance(part.rule.fused(), _FUSED)
+        return self.fused and part.at.trivial and isinstance(part.rule.in_one_piece(), _FUSED)
 
     def arrivals(self, parts: list[_Part]) -> None:
         """Gradients that ranks must agree upon, or average, before the rules see them."""
@@ -273,7 +273,7 @@ def _arrival(sizes: tuple[int, ...], dtype: torch.dtype, at: Lies) -> Body[Any]:
 
 
 def _step(rule: Rule, make: Callable[[], Matrix]) -> Body[Any]:
-    return rule.step(make())
+    return body(rule, make())
 
 
 def count(

@@ -7,12 +7,14 @@ over process groups (:mod:`orthdion.distributed`).
 
 from .forms import Elementwise, Form, LowRank
 from .groups import ALONE, Group, Layout
-from .matrix import Blend, Deferred, Extent, Matrix, Noise, Outcome, Precision, Report, Rounding
+from .matrix import Blend, Deferred, Draws, Extent, Matrix, Noise, Outcome, Precision, Report, Rounding
 from .requests import (
     Average,
+    AverageChanges,
     Body,
     Columns,
     CompressedMean,
+    Direction,
     Energies,
     Factor,
     Gather,
@@ -21,7 +23,9 @@ from .requests import (
     Map,
     MatMul,
     NewtonSchulz,
+    Norms,
     Pack,
+    PackChange,
     Polar,
     Product,
     Reduce,
@@ -42,11 +46,14 @@ from .requests import (
 __all__ = [
     "ALONE",
     "Average",
+    "AverageChanges",
     "Blend",
     "Body",
     "Columns",
     "CompressedMean",
     "Deferred",
+    "Direction",
+    "Draws",
     "Elementwise",
     "Energies",
     "Extent",
@@ -63,8 +70,10 @@ __all__ = [
     "Matrix",
     "NewtonSchulz",
     "Noise",
+    "Norms",
     "Outcome",
     "Pack",
+    "PackChange",
     "Polar",
     "Precision",
     "Product",

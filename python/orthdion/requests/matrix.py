@@ -12,12 +12,23 @@ from torch import Tensor
 
 from .groups import Layout
 
-__all__ = ["Blend", "Deferred", "Extent", "Matrix", "Noise", "Outcome", "Precision", "Report", "Rounding"]
+__all__ = ["Blend", "Deferred", "Draws", "Extent", "Matrix", "Noise", "Outcome", "Precision", "Report", "Rounding"]
 
 #: What operands of float32 products may be asked to be rounded to; "float32": nothing.
 Rounding = Literal["bfloat16", "tf32", "float32"]
 #: Rows ``first`` to ``last`` and columns ``first`` to ``last`` of a whole matrix: what one rank has of it.
 Extent = tuple[int, int, int, int]
+
+
+class Draws(NamedTuple):
+    """How the entries of a weight are rounded by draws (:mod:`orthdion.numerics.rounding`): the step's key, and the
+    number that entry (i, j) has in the whole weight, ``first + i·row + j·col``.
+    """
+
+    key: int
+    first: int
+    row: int
+    col: int
 
 
 class Noise(NamedTuple):
@@ -89,6 +100,8 @@ class Matrix:
         rates: ``[lr, weight_decay]`` in double on the device, where steps read them there.
         words: what the Rust core is told of X and the states, where somebody has it already.
         extents: what each rank of ``layout.shards`` has of the whole matrix, when asked.
+        place: first, row and col of :class:`Draws`.
+        draws: how X is rounded, if not to nearest.
         spectrum: what a step leaves of its columns for the host, where the rank follows it.
     """
 
@@ -109,6 +122,8 @@ class Matrix:
     rates: Tensor | None = None
     words: Any = None
     extents: Callable[[], list[Extent]] | None = None
+    place: tuple[int, int, int] = (0, 0, 1)
+    draws: Draws | None = None
     spectrum: Tensor | None = None
 
     def outcome(self, null: Tensor | None = None, figures: Report | None = None) -> Outcome:

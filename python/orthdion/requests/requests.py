@@ -8,7 +8,7 @@ NaN or infinity, on any rank, changes nothing on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -19,9 +19,11 @@ from .matrix import Blend, Matrix, Precision, Report
 
 __all__ = [
     "Average",
+    "AverageChanges",
     "Body",
     "Columns",
     "CompressedMean",
+    "Direction",
     "Energies",
     "Factor",
     "Gather",
@@ -30,7 +32,9 @@ __all__ = [
     "Map",
     "MatMul",
     "NewtonSchulz",
+    "Norms",
     "Pack",
+    "PackChange",
     "Polar",
     "Product",
     "Reduce",
@@ -83,6 +87,8 @@ def _key(value: Any) -> Hashable:
         return tuple(_key(v) for v in value)
     if isinstance(value, dict):
         return tuple((k, _key(v)) for k, v in value.items())
+    if isinstance(value, Request):
+        return value.key()
     return value  # type: ignore[no-any-return]
 
 
@@ -166,6 +172,11 @@ class CompressedMean(Request):
 
     C leaves one bit or four of an entry (:mod:`orthdion.numerics.bits`). What is sent is packed: parts go to their
     owners, whose means come back.
+
+    With a ``memory`` H (m, n) ranks send C(T − H), by what T differs from what they are known to have, and the answer
+    is ``(mean, H')``. H is a rank's own where others own the rows, and the mean of all others' in the rows that it
+    owns, where it has its own T: so the mean over ranks of the H is that of what all of them remember. From one step to
+    the next it fades by ``fade``.
     """
 
     over: ClassVar[str | None] = "group"
@@ -173,6 +184,8 @@ class CompressedMean(Request):
     group: Group
     bits: Literal[1, 4]
     what: str
+    memory: Tensor | None = None
+    fade: float = 1.0
 
 
 # ---------------------------------------------------------------- of plain tensors
@@ -204,6 +217,31 @@ class Average(Request):
     columns: int
     bits: Literal[1, 4]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class PackChange(Request):
+    """``(C(T − H) packed, fade·(H + C(T − H)))`` for T (``tensor``) and H (``memory``), (m, n)."""
+
+    tensor: Tensor
+    memory: Tensor
+    bits: Literal[1, 4]
+    fade: float
+
+
+@dataclass(frozen=True, eq=False)
+class AverageChanges(Request):
+    """``(C(mean) packed, fade·H')`` of w ranks' rows: this one's T (``tensor``, (m, n)), and all others', of which H
+    (``memory``) is the mean that was known before, and H' = H + the mean of their changes, ``packed`` (w, m, k).
+    ``own`` is this rank's number, whose change is not read.
+    """
+
+    packed: Tensor
+    tensor: Tensor
+    memory: Tensor
+    own: int
+    bits: Literal[1, 4]
+    fade: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,6 +383,14 @@ class ResidualSums(Request):
 
 
 @dataclass(frozen=True, eq=False)
+class Norms(Request):
+    """``[‖X‖², ⟨X, D⟩, ‖D‖²]`` of this rank's parts, in double: X as it is stored."""
+
+    x: Tensor
+    d: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Squares(Request):
     """Sums of squares of ``tensor`` (m, n) along each row and down each column, in double.
 
@@ -373,7 +419,8 @@ class LowRankUpdate(Request):
     """``X ← (1 − ηλ)X − η·scale·(P Vᵀ + residual)``, ``M ← a·M⁺ − (a − b)·P Wᵀ/size`` and ``Q ← q``, in place.
 
     M⁺ = M ± G; ``fed`` is W, R of M⁺. The answer is the outcome: ``null`` counts null directions, ``figures`` are the
-    diagnostics if they were asked for.
+    diagnostics if they were asked for. Where ``direction`` is given, it is what is taken for P Vᵀ + residual;
+    ``states`` are new values of further states.
     """
 
     b: Blend
@@ -389,6 +436,15 @@ class LowRankUpdate(Request):
     residual: Residual | None
     null: Tensor
     figures: Report | None = None
+    direction: Tensor | None = None
+    states: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Direction(Request):
+    """``D = P Vᵀ + residual`` of an update, formed (m, n) in working precision."""
+
+    of: LowRankUpdate
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["MATRICES", "TYPES", "Operand", "addresses", "operand", "pack"]
+from ...numerics.rounding import STEP
+from ...requests import Draws
+
+__all__ = ["MATRICES", "TYPES", "Operand", "addresses", "counters", "operand", "pack"]
 
 #: Matrices in one launch; ``common.cuh`` has the same number.
 MATRICES = 64
@@ -40,6 +43,21 @@ def addresses(tensors: Sequence[Tensor]) -> bytes:
     if len(tensors) > MATRICES:
         raise ValueError(f"a launch takes at most {MATRICES} matrices, not {len(tensors)}")
     return _LIST.pack(*(t.data_ptr() for t in tensors), *[0] * (MATRICES - len(tensors)))
+
+
+def counters(draws: Sequence[Draws | None], turned: bool = False) -> tuple[bytes, bytes]:
+    """What up to 64 weights are rounded by, all by draws or none, as they lie (transposed: ``turned``): a ``First`` of
+    rows, and a ``Draws``.
+    """
+    found, most = [d for d in draws if d is not None], 1 << 64
+    lists: list[list[int]] = [[], [], []]
+    for d in found:
+        steps = (d.col, d.row) if turned else (d.row, d.col)
+        for numbers, n in zip(lists, ((d.first + 1) * STEP + d.key, *(n * STEP for n in steps)), strict=True):
+            numbers.append(n % most)
+    at, row, col = ([*numbers, *[0] * (MATRICES - len(numbers))] for numbers in lists)
+    on = int(bool(found))
+    return struct.pack(f"={MATRICES}Qq", *at, on), struct.pack(f"={3 * MATRICES}Qq", *at, *row, *col, on)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ...requests import (
     Blend,
     Columns,
     Deferred,
+    Direction,
     Elementwise,
     Factor,
     Form,
@@ -255,7 +256,8 @@ class CupyBackend(TorchBackend):
     def low_rank_update_of_many(self, qs: list[LowRankUpdate]) -> list[Outcome]:
         """X, M and Q in place, but of matrices whose flag says not to."""
         first, w = qs[0], qs[0].b.w
-        if first.residual is not None and first.residual.given is not None:
+        given = first.direction is not None or (first.residual is not None and first.residual.given is not None)
+        if given:
             return [self.low_rank_update(q) for q in qs]
         p, v, r = (batch([getattr(q, name) for q in qs]) for name in ("p", "v", "r"))
         fed = r if first.fed is first.r else batch([q.fed for q in qs])
@@ -266,8 +268,11 @@ class CupyBackend(TorchBackend):
         skip = _flags([q.b.w.skip for q in qs], w.x.device)
         residual = [_residual(qs, name) for name in ("alpha", "columns", "rows")]
         passes = Passes(device_for(w.x.device), [q.b for q in qs], written=True)
-        passes.update(Write(p, v, r, fed, rates, first.scale, first.feedback, w.cautious, skip, *residual))
+        draws = [q.b.w.draws for q in qs]
+        passes.update(Write(p, v, r, fed, rates, first.scale, first.feedback, w.cautious, skip, *residual, draws))
         passes.keep(batch([q.q for q in qs]).float(), [q.b.w.state["Q"] for q in qs], skip)
+        for q in qs:
+            self._keep(q.b.w, q.states)
         written = [t for q in qs for t in (q.b.w.x, q.b.m, q.b.w.state["Q"])]
         torch.autograd.graph.increment_version(written)
         nulls = batch([q.null for q in qs]).sum(1).unbind(0)
@@ -307,12 +312,15 @@ def _written(q: LowRankUpdate) -> tuple[Hashable, ...]:
     rates = (float(q.lr), float(q.weight_decay)) if w.rates is None else w.rates.data_ptr()
     kind = None if residual is None else (residual.alpha is None, residual.columns is None, residual.given is None)
     formats = (old.dtype, old.shape, old.stride(), q.q.dtype)
-    return rates, w.cautious, q.scale, q.feedback, kind, q.fed is q.r, w.skip is None, formats
+    how = (q.scale, q.feedback, kind, q.fed is q.r, q.direction is None)
+    return rates, w.cautious, *how, w.skip is None, w.draws is None, formats
 
 
 def _tensors(q: Any) -> list[Tensor]:
     """What a request brings beside its matrices."""
     found: list[Tensor] = []
+    if isinstance(q, Direction):
+        return _tensors(q.of)
     for f in fields(q):
         value = getattr(q, f.name)
         if isinstance(value, Tensor):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...requests import Deferred, Elementwise, Matrix, Outcome, Report
-from .arguments import MATRICES, TYPES, pack
+from .arguments import MATRICES, TYPES, counters, pack
 from .device import Device, device_for
 
 __all__ = ["elementwise"]
@@ -28,7 +28,7 @@ def elementwise(matrices: Sequence[Matrix], forms: Sequence[Elementwise], kept: 
         if w.x.numel():
             assert w.rates is not None, "steps of this backend read learning rates on the device"
             numbers = (form.rule, form.beta1, form.beta2, form.epsilon, form.maximize, form.cautious)
-            key = (w.rates.data_ptr(), numbers, *(t.dtype for t in _views(w, form)))
+            key = (w.rates.data_ptr(), numbers, w.draws is None, *(t.dtype for t in _views(w, form)))
             groups.setdefault(key, []).append(i)
     if not groups:
         return outcomes
@@ -81,7 +81,8 @@ def _launch(device: Device, matrices: list[Matrix], form: Elementwise) -> Tensor
     corrections = torch.empty(len(matrices), 2, dtype=torch.float64, device=flags.device)
     if not lion:
         device.launch("advance", (1,), 64, packed, shared, flags, corrections)
-    device.launch("elementwise", (chunks[-1],), 256, packed, shared, flags, corrections)
+    drawn = counters([w.draws for w in matrices])[0]
+    device.launch("elementwise", (chunks[-1],), 256, packed, shared, flags, corrections, drawn)
     for t, dense in copied:
         t.copy_(dense)
     return flags

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...requests import Blend
-from .arguments import TYPES, addresses, pack
+from ...requests import Blend, Draws
+from .arguments import TYPES, addresses, counters, pack
 from .bucket import Bucket, Slab, batch
 from .device import Device
 from .products import Formed, When, multiply
@@ -40,6 +40,7 @@ class Write:
         skip: flags; a matrix with 1 is not written.
         alphas: of a linear residual; or None.
         columns, rows: what scales T's columns (n) and rows (m); or None.
+        draws: how each X is rounded, all by draws or none.
     """
 
     p: Tensor
@@ -54,6 +55,7 @@ class Write:
     alphas: Tensor | None
     columns: Tensor | None
     rows: Tensor | None
+    draws: Sequence[Draws | None]
 
 
 class Passes:
@@ -162,7 +164,9 @@ class Passes:
                 float(w.scale),
                 w.cautious,
             )
-            device.launch("apply", b.grid(s), 256, *b.lists(s, "x", "m", "g"), b.place(s), write, w.skip[s.matrices])
+            _, drawn = counters(w.draws[s.matrices], b.turned)
+            to = (*b.lists(s, "x", "m", "g"), b.place(s))
+            device.launch("apply", b.grid(s), 256, *to, write, w.skip[s.matrices], drawn)
         b.write_back()
 
     def keep(self, q: Tensor, targets: list[Tensor], skip: Tensor) -> None:

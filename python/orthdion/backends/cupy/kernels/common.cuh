@@ -86,6 +86,40 @@ DEVICE void put_as(u64 p, i64 at, int type, double x) {
   else put((unsigned short*)p + at, type == BF16 ? to_bf16((float)x) : to_f16_within((float)x));
 }
 
+// How weights of two bytes are rounded by draws, where `on`: the counter of entry (0, 0) of each matrix, as it lies, and
+// the counters' distance down its columns and along its rows.
+struct Draws {
+  u64 at[MATRICES], row[MATRICES], col[MATRICES];
+  i64 on;
+};
+
+// SplitMix64's word for a counter, of which its upper half is taken.
+DEVICE unsigned draw(u64 z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return (unsigned)((z ^ (z >> 31)) >> 32);
+}
+
+// One of the two neighbours of x, up with the probability that makes `word`, uniform, right on average; what is beyond
+// the range becomes the largest number.
+DEVICE unsigned short to_bf16_drawn(float x, unsigned word) {
+  unsigned bits = __float_as_uint(x), size = bits & 0x7fffffffu;
+  unsigned sign = (bits >> 16) & 0x8000u;
+  if (size > 0x7f800000u) return (unsigned short)(sign | (size >> 16) | 0x40u);
+  return (unsigned short)(sign | (((size > 0x7f7f0000u ? 0x7f7f0000u : size) + (word >> 16)) >> 16));
+}
+DEVICE unsigned short to_f16_drawn(float x, unsigned word) {
+  unsigned bits = __float_as_uint(x), size = bits & 0x7fffffffu;
+  unsigned sign = (bits >> 16) & 0x8000u, exponent = size >> 23;
+  if (size > 0x7f800000u) return (unsigned short)(sign | 0x7e00u);
+  if (size > 0x477fe000u) size = 0x477fe000u;  // 65504
+  if (exponent >= 113) return (unsigned short)(sign | (((size + (word >> 19)) >> 13) - (112u << 10)));
+  unsigned drop = 126 - exponent;  // bits of the significand, below the normal numbers
+  if (drop > 32) return (unsigned short)sign;
+  u64 significand = (size & 0x7fffffu) | 0x800000u;
+  return (unsigned short)(sign | (unsigned)((significand + (word >> (32 - drop))) >> drop));
+}
+
 struct alignas(16) Four { float x[4]; };
 struct alignas(8) FourHalves { unsigned short x[4]; };
 
@@ -121,6 +155,18 @@ DEVICE void fetch4(u64 p, i64 at, int n, int type, float x[4]) {
   for (int i = 0; i < 4; i++) x[i] = type == BF16 ? from_bf16(v.x[i]) : from_f16(v.x[i]);
 }
 
+// `n` ≤ 4 neighbours of two bytes; in one access where there are four and they are aligned.
+DEVICE void put_halves(u64 p, i64 at, int n, const FourHalves& v) {
+  unsigned short* to = (unsigned short*)p + at;
+  if (n == 4 && ((u64)to & 7) == 0) {
+    put((FourHalves*)to, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < n) put(to + i, v.x[i]);
+  }
+}
+
 DEVICE void put4(u64 p, i64 at, int n, int type, const float x[4]) {
   if (type == F32) {
     float* to = (float*)p + at;
@@ -139,17 +185,25 @@ DEVICE void put4(u64 p, i64 at, int n, int type, const float x[4]) {
       if (i < n) put((double*)p + at + i, (double)x[i]);
     return;
   }
-  unsigned short* to = (unsigned short*)p + at;
   FourHalves v;
 #pragma unroll
   for (int i = 0; i < 4; i++) v.x[i] = type == BF16 ? to_bf16(x[i]) : to_f16_within(x[i]);
-  if (n == 4 && ((u64)to & 7) == 0) {
-    put((FourHalves*)to, v);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (i < n) put(to + i, v.x[i]);
+  put_halves(p, at, n, v);
+}
+
+// The same with entries of two bytes rounded by draws: by counters from `counter` on, `step` apart.
+DEVICE void put4_drawn(u64 p, i64 at, int n, int type, const float x[4], u64 counter, u64 step) {
+  if (type == F32 || type == F64) {
+    put4(p, at, n, type, x);
+    return;
   }
+  FourHalves v;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    unsigned word = draw(counter + i * step);
+    v.x[i] = type == BF16 ? to_bf16_drawn(x[i], word) : to_f16_drawn(x[i], word);
+  }
+  put_halves(p, at, n, v);
 }
 
 // What a step along −d leaves of x: (1 − ηλ)·x; with care x itself where d would push it away from zero.

@@ -14,6 +14,13 @@ struct Rule {
   i64 lion, cautious, type_x, type_g, type_m;
 };
 
+// Where `on`, the counter by which the first entry of each tensor is rounded; the others' follow in order.
+struct First {
+  u64 at[MATRICES];
+  i64 on;
+};
+
+constexpr u64 STEP = 0x9e3779b97f4a7c15ull;  // between counters
 constexpr i64 CHUNK = 4096;
 
 // The tensor that a block works on.
@@ -60,7 +67,7 @@ extern "C" __global__ void advance(Tensors t, Rule rule, const int* flags, doubl
 // Lion:   x ← (1−ηλ)x − η·sign(β₁m + (1−β₁)g),  m ← β₂m + (1−β₂)g
 // Traffic: reads X, G, M (and V), writes X, M (and V).
 extern "C" __global__ void __launch_bounds__(256) elementwise(
-    Tensors t, Rule rule, const int* flags, const double* corrections) {
+    Tensors t, Rule rule, const int* flags, const double* corrections, First first) {
   int i = tensor_of(t);
   if (fetch(flags + i)) return;
   double lr = fetch((const double*)rule.hyper), decay = fetch((const double*)rule.hyper + 1);
@@ -93,7 +100,8 @@ extern "C" __global__ void __launch_bounds__(256) elementwise(
         x[e] = decayed(x[e], m[e], keep, rule.cautious) - correct1 * m[e] / root;
       }
     }
-    put4(t.x[i], at, n, (int)rule.type_x, x);
+    if (first.on) put4_drawn(t.x[i], at, n, (int)rule.type_x, x, first.at[i] + (u64)at * STEP, STEP);
+    else put4(t.x[i], at, n, (int)rule.type_x, x);
     put4(t.m[i], at, n, (int)rule.type_m, m);
     if (!rule.lion) put4(t.v[i], at, n, (int)rule.type_m, v);
   }

@@ -161,7 +161,7 @@ struct Write {
 // P Vᵀ + T·columns·rows. With care λ only counts where D does not push X away from zero.
 // Traffic: reads X, M, G and the products, writes X and M.
 extern "C" __global__ void __launch_bounds__(256) apply(
-    List xs, List ms, List gs, Place at, Write w, const int* skip) {
+    List xs, List ms, List gs, Place at, Write w, const int* skip, Draws draws) {
   int k = blockIdx.z;
   if (fetch(skip + k)) return;
   double size = fetch((const double*)w.sizes + k), alpha = w.alphas ? fetch((const double*)w.alphas + k) : 0.0;
@@ -198,7 +198,12 @@ extern "C" __global__ void __launch_bounds__(256) apply(
       x[e] = decayed(x[e], d[e], keep, w.cautious) - step * d[e];
       plus[e] = (float)w.a * plus[e] - back * fed[e];
     }
-    put4(xs.p[k], in_x, s.n, (int)at.type_x, x);
+    if (draws.on) {
+      u64 counter = draws.at[k] + draws.row[k] * (u64)(at.row0 + s.row) + draws.col[k] * (u64)(at.col0 + s.col);
+      put4_drawn(xs.p[k], in_x, s.n, (int)at.type_x, x, counter, draws.col[k]);
+    } else {
+      put4(xs.p[k], in_x, s.n, (int)at.type_x, x);
+    }
     put4(ms.p[k], in_m, s.n, (int)at.type_m, plus);
   }
 }
