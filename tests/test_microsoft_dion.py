@@ -1,5 +1,5 @@
-"""What microsoft/dion saved (tests/data/make_microsoft_dion.py) goes on here, to the weights that it would have had; and
-its other optimizers' steps (tests/data/make_microsoft_relatives.py) are those that are taken here.
+"""What microsoft/dion saved (tests/data/make_microsoft_dion.py) goes on here, to the weights that it would have had;
+and its other optimizers' steps (tests/data/make_microsoft_relatives.py) are those that are taken here.
 """
 
 import sys

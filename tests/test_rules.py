@@ -12,7 +12,7 @@ from oracles import pairwise, parameter, randn
 import orthdion
 from orthdion.backends import get
 from orthdion.core.low_rank import FEEDBACK
-from orthdion.core.options import number
+from orthdion.core.options import number, options_of
 from orthdion.core.registry import rules
 from orthdion.optim import OPTIMIZERS
 from orthdion.requests import Matrix, Update
@@ -57,6 +57,13 @@ def test_a_step_in_one_piece_is_the_rules_own_body(name, options, monkeypatch):
         assert all((a - b).norm() <= 1e-10 * max(1.0, float(b.norm())) for a, b in zip(fused, body, strict=True)), (
             backend
         )
+
+
+@pytest.mark.parametrize("option", ["rank_fraction", "rank_multiple_of", "mu", "weight_decay", "adaptive_rank"])
+def test_an_option_that_several_rules_have_in_common_is_called_the_same_everywhere(option):
+    """μ means two things: a momentum, and the error feedback of DCT-Dion."""
+    docs = {options_of(rule)[option].doc for rule in rules().values() if option in options_of(rule)}
+    assert len(docs) == (2 if option == "mu" else 1), docs
 
 
 def test_every_rule_with_a_form_is_in_the_grid_above():

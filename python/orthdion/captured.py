@@ -145,6 +145,8 @@ def capture(optimizer: MatrixOptimizer) -> CapturedSteps:
         raise ValueError("optimizer: steps over several processes wait for each other and are not captured")
     if optimizer._diagnose:
         raise ValueError("optimizer: diagnostics=True waits for the device in every step, which cannot be captured")
+    if any(rule.adapts for rule in optimizer._rules().values()):
+        raise ValueError("optimizer: adaptive_rank=True changes what a step launches, which cannot be captured")
     served: set[Any] = {(p.device, p.dtype) for g in optimizer.param_groups for p in g["params"]}
     for device, dtype in served:
         name, why = choose(optimizer._backend, device, dtype)

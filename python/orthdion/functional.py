@@ -101,6 +101,8 @@ def step(
         >>> orthdion.functional.step("orth-dion", x, g, state, lr=0.02)
     """
     made = _made(rule, options)
+    if made.adapts:
+        raise ValueError("adaptive_rank: a single step keeps its rank; leave it False, or use an optimizer")
     flip = _oriented(made, x)
     if made.weight_rounding != "nearest":
         raise ValueError(

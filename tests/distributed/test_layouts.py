@@ -156,7 +156,17 @@ def test_stacks_convolutions_fused_blocks_and_vectors(world, size, options):
         assert max(found) < 1e-8, found
 
 
-STRIDED = ["orth-dion", "completed-dion", "muon", "dct-dion", "mofasgd", "cosmos", "frugal", "demo", "signed-momentum-of-tests"]
+STRIDED = [
+    "orth-dion",
+    "completed-dion",
+    "muon",
+    "dct-dion",
+    "mofasgd",
+    "cosmos",
+    "frugal",
+    "demo",
+    "signed-momentum-of-tests",
+]
 
 
 @pytest.mark.parametrize("optimizer", STRIDED)

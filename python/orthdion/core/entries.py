@@ -125,7 +125,8 @@ class Entry:
         """Moves the states to where the model has been moved since they were made."""
         device, kept = self.p.device, rule.kept_in(self.layout)
         for key, t in state.items():
-            if base_name(key) in kept and t.device != device and (t.ndim or deferred):
+            spec = kept.get(base_name(key))
+            if spec is not None and not spec.host and t.device != device and (t.ndim or deferred):
                 state[key] = t.to(device)
 
     def lies_as_before(self, state: dict[str, Tensor], layout: Layout) -> bool:

@@ -93,6 +93,11 @@ class Groups(SavedOptimizer):
         """Every group's rule, by the identity of the group; what was edited since the last step is checked."""
         return {id(group): self._rule(k, group) for k, group in enumerate(self.param_groups)}
 
+    def _settle_ranks(self) -> None:
+        """Gives the parameters of rules that adapt the ranks that the last step's figures call for."""
+        if self._ranks:
+            self._ranks.settle(self._entries, self.state, self._rules(), self._seed)
+
     def _rule(self, k: int, group: dict[str, Any]) -> Rule:
         known = self._resolved.get(k)
         if known is not None and known.group is group and not known.live and len(group) == known.size:

@@ -22,6 +22,7 @@ from . import gradients, states
 from .entries import Entry, has_no_data
 from .fold import Fold, as_matrix, is_view
 from .groups import Groups
+from .ranks import refuse
 from .registry import find
 from .rule import Rule
 from .saving import Member
@@ -168,6 +169,7 @@ class Members(Groups):
         self._spread |= at.whole.size > 1
         if (why := rule.unsupported(at)) is not None:
             raise ValueError(f"{m.name}: {why}")
+        refuse(m.name, rule, fold, placed)
         size = p.numel() * p.element_size() // at.shards.size
         return Entry(p, m.group, kind, m.number, placed, fold, at, size, has_no_data(p))
 

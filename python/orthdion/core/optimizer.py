@@ -138,12 +138,15 @@ class MatrixOptimizer(Members):
             with torch.enable_grad():
                 loss = closure()
         rules = self._rules()
+        self._settle_ranks()
         given = self._gradients()
         self._done.clear()
         with Held(not self._spread):  # ranks that wait for each other must not hold Ctrl-C back
             self._advance(given, rules)
             for group in self.param_groups:
                 group["step"] += 1
+            if self._ranks.send():
+                self._settle_ranks()
             self._comm.close_step()
         self._count_skipped()
         return loss
@@ -196,6 +199,7 @@ class MatrixOptimizer(Members):
         for part in work.values():
             try:
                 part.run(self._comm, self._skips, self._done)
+                self._ranks.take(part.bodies)
             except ValueError:
                 self._check_gradients_overlap()
                 raise

@@ -100,7 +100,7 @@ def whole(default: int, low: int, *, doc: str, structural: bool = False) -> Any:
     return option(default, check, doc, structural)
 
 
-def flag(default: bool, *, doc: str) -> Any:
+def flag(default: bool, *, doc: str, structural: bool = False) -> Any:
     """A field that is True or False."""
 
     def check(name: str, value: Any) -> Any:
@@ -108,7 +108,7 @@ def flag(default: bool, *, doc: str) -> Any:
             raise TypeError(f"{name} must be True or False, not {value!r}")
         return value
 
-    return option(default, check, doc)
+    return option(default, check, doc, structural)
 
 
 def choice(default: Any, *choices: Any, doc: str) -> Any:

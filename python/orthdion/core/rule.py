@@ -45,12 +45,14 @@ class StateSpec:
     ``("out",)`` of its output features, which of a matrix that is seen transposed are the columns; ``()`` is one number
     a parameter. ``dtype`` None: ``q_dtype`` for what has a rank, ``momentum_dtype`` for the rest.
     ``apart``: replicas that average factors have one each; a checkpoint has the mean, with which all of them go on.
+    ``host``: no step reads it, so it stays with the host.
     """
 
     axes: tuple[Axis, ...] = ("rows", "cols")
     start: Literal["zeros", "orthonormal"] = "zeros"
     dtype: torch.dtype | None = None
     apart: bool = False
+    host: bool = False
 
 
 States = dict[str, StateSpec]
@@ -171,6 +173,11 @@ class Rule:
     def resolve(cls, options: dict[str, object]) -> dict[str, object]:
         """Options with None replaced by what it stands for, so that a checkpoint says what was meant."""
         return options
+
+    @property
+    def adapts(self) -> bool:
+        """Whether its steps leave what the next rank is made of (:mod:`.ranks`)."""
+        return False
 
     def check(self) -> None:
         """Refuses options that do not go together (:class:`ValueError`); one that overrides it calls this one too."""

@@ -21,6 +21,7 @@ from .entries import Entry
 from .fold import SHAPE_KEYS
 from .gradients import mean_over
 from .options import names_of, options_of, unpack_betas
+from .ranks import Ranks
 from .registry import find, rules
 from .resolved import Resolved
 from .rule import Rule
@@ -82,6 +83,10 @@ class SavedOptimizer(Optimizer):
         self._warned: set[str] = set()
         #: Whether replicas' momenta have gone separate ways since they were last averaged.
         self._drifted = False
+        self._ranks = Ranks()
+
+    def _settle_ranks(self) -> None:
+        raise NotImplementedError
 
     def _meet(self, quiet: bool = False) -> None:
         raise NotImplementedError
@@ -104,6 +109,7 @@ class SavedOptimizer(Optimizer):
         no later weight but by rounding, and by what a residual in few bits (``residual_bits``) leaves of each one's.
         """
         self._meet()
+        self._settle_ranks()
         self.synchronize_for_checkpoint()
         return super().state_dict()
 
@@ -187,6 +193,7 @@ class SavedOptimizer(Optimizer):
         for p, state in {**kept, **loaded}.items():
             self.state[p] = state
         self._resolved.clear()
+        self._ranks = Ranks()
         for group in self.param_groups:
             for p in group["params"]:
                 if (known := self._entries.get(id(p))) is not None:
@@ -210,6 +217,7 @@ class SavedOptimizer(Optimizer):
                 "an optimizer with a replicate_mesh cannot be copied or pickled, as it belongs to a process group; "
                 "save its state_dict() and build a new one"
             )
+        self._settle_ranks()
         kept = {k: self.__dict__[k] for k in self._kept_in_copies}
         state: dict[str, Any] = super().__getstate__()
         return {**state, **kept, "_comm": self._comm.fresh(), "_skipped": self._skips.read()}

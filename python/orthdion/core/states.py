@@ -13,7 +13,7 @@ from .fold import Copies, Fold
 from .rule import Axis, Rule, States, StateSpec
 from .starts import Orthonormal, generator
 
-__all__ = ["Formats", "Sides", "Stored", "base_name", "fitted", "initial", "stored"]
+__all__ = ["Formats", "Sides", "Stored", "base_name", "fitted", "initial", "stored", "write_orthonormal"]
 
 #: Ends the key of a state of those parts that are processed transposed, where others are not.
 _WIDE = "_wide"
@@ -199,7 +199,7 @@ def _check_convolution(name: str, p: Tensor, placed: Placed, fold: Fold, divided
         )
 
 
-def _write_orthonormal(
+def write_orthonormal(
     made: Tensor, kept: Stored, fold: Fold, sides: Sides, placed: Placed, draws: torch.Generator
 ) -> None:
     """Fills this rank's part of a state that starts orthonormal in each matrix; zero beyond a part's rank."""
@@ -240,7 +240,7 @@ def initial(
         else:
             made = torch.zeros(kept.lengths(placed), dtype=dtype, device=here.device)
         if kept.state.start == "orthonormal" and fold is not None and seed is not None:
-            _write_orthonormal(made, kept, fold, sides, placed, generator(seed, index))
+            write_orthonormal(made, kept, fold, sides, placed, generator(seed, index))
         states[key] = placed.wrap(made, kept.shape, kept.axes)
     return states
 
@@ -268,6 +268,8 @@ def fitted(
     usual_sides = Sides((), ()) if fold is None else Sides.of(fold, rule)
     usual = stored(fold, states, usual_sides, (name, p, placed))
     extra = {key: kept for key, kept in usual.items() if kept.name not in rule.kept}
+    # What only the host follows starts with the option that asks for it.
+    saved = {**{k: current[k] for k, kept in usual.items() if kept.state.host and k in current}, **saved}
     if extra.keys() - (saved.keys() & current.keys()):
         fresh = initial(p, fold, usual_sides, placed, extra, formats, None, 0)
         current, saved = {**fresh, **current}, {**fresh, **saved}

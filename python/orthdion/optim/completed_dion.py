@@ -21,6 +21,7 @@ from ..core.low_rank import (
 )
 from ..core.optimizer import MatrixOptimizer
 from ..core.options import choice, flag, number, option
+from ..core.ranks import observed
 from ..core.registry import register
 from ..core.residuals import MEMORY, exact_residual, sent_residual
 from ..core.rule import States, StateSpec
@@ -109,8 +110,10 @@ class CompletedDionRule(DionRule):
     def _kappa(self) -> float | None:
         return self.mu if self.nesterov else None
 
-    def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> LowRank:
-        """What the core is told."""
+    def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> LowRank | None:
+        """What the core is told; it has no step that looks at R."""
+        if self.adaptive_rank:
+            return None
         residual = {"residual": self.residual, "residual_scale": self.residual_scale, "kappa": self._kappa}
         return self._form(self._feedback, diagnostics=diagnostics, bfloat16=bfloat16, **residual)
 
@@ -125,6 +128,8 @@ class CompletedDionRule(DionRule):
             return left
         own = yield Product(left.b, left.p)
         v, null, r = yield from right_factor(w, left, self.right_factor, self.epsilon, own)
+        if self.adaptive_rank:
+            yield from observed(w, r)
         # Replicas with gradients of their own keep what they have captured themselves: nothing of M need travel.
         kept = w.layout.compressed
         mine = r if not kept else (yield Reduce(own, w.layout.rows, "R"))

@@ -27,7 +27,7 @@ __all__ = ["COSMOS", "COSMOSRule"]
 @register
 @dataclass(frozen=True)
 class COSMOSRule(MomentumRule):
-    """A momentum's part in a tracked eigenspace, divided by Adam's deviations there, and the polar factor of the rest."""
+    """A momentum's part in a tracked eigenspace, over Adam's deviations there, and the polar factor of the rest."""
 
     name: ClassVar[str] = "cosmos"
     summary: ClassVar[str] = "X −= η·scale·norm((M̂U/√V̂) Uᵀ + γ·norm(NS(M − MUUᵀ))), U: r eigenvectors of mean GᵀG"

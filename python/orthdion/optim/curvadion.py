@@ -110,6 +110,10 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
         self._since = self._steps = self._synchronised = self._forced = 0
         self._drift = self._largest = 0.0
         super().__init__(params, replicate_mesh, *args, **options)
+        if any(group.get("adaptive_rank") for group in self.param_groups):
+            raise ValueError(
+                "adaptive_rank: replicas that step apart would choose ranks apart; use orthdion.Dion, or leave it False"
+            )
 
     def synchronisation(self) -> Synchronisation:
         """How often replicas have met, and how far apart they were."""

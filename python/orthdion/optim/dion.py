@@ -19,7 +19,8 @@ from ..core.low_rank import (
     right_factor,
 )
 from ..core.optimizer import MatrixOptimizer
-from ..core.options import choice, number, option, whole
+from ..core.options import choice, flag, number, option, whole
+from ..core.ranks import EFFECTIVE, observed
 from ..core.registry import register
 from ..core.rule import Rule, States, StateSpec
 from ..requests import Body, LowRank, LowRankUpdate, Matrix, Outcome, Report
@@ -61,14 +62,32 @@ class DionRule(Rule):
         '"momentum" (μ, μ), or two numbers (a, b) in [0, 1].',
     )
 
+    adaptive_rank: bool = flag(
+        False,
+        structural=True,
+        doc="Let the rank follow 1.5 times the effective rank (Ada-Orth-Dion), from rank_fraction's at the start.",
+    )
+
     adjust_lr: AdjustLr | None = adjust_lr()
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the rank changes."""
+        return self.adaptive_rank
+
+    @property
+    def kept(self) -> States:
+        """M and Q; where the rank changes, what it follows."""
+        return {**super().kept, **EFFECTIVE} if self.adaptive_rank else super().kept
 
     def scale(self, fan_out: int, fan_in: int, rank: int) -> float:
         """By ``adjust_lr``; r singular values of the direction are 1, to V's orthogonality."""
         return adjusted(self.adjust_lr, fan_out, fan_in, rank)
 
     def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> LowRank | None:
-        """What the core is told."""
+        """What the core is told; it has no step that looks at R."""
+        if self.adaptive_rank:
+            return None
         return self._form(self.feedback, diagnostics=diagnostics, bfloat16=bfloat16)
 
     def _form(self, feedback: Any, **more: Any) -> LowRank:
@@ -82,6 +101,8 @@ class DionRule(Rule):
         if isinstance(left, Report):
             return left
         v, null, r = yield from right_factor(w, left, self.right_factor, self.epsilon)
+        if self.adaptive_rank:
+            yield from observed(w, r)
         found = yield from figures(w, left.b, r, v, null)
         q = yield from next_q(w, left, self.right_factor, v, null)
         taken = yield from self.taken(w, v, r)

@@ -60,8 +60,8 @@ class FRUGALRule(Rule):
         low = yield Reduce((yield MatMul(g, q, w.precision)), at.cols, "GQ")
         norms = yield Reduce(g.double().clamp(-1e150, 1e150).square().sum(1), at.cols, "norms")
         # What is rounding of a row has a sign too, and Adam brings it to full size.
-        unit = max(w.precision.noise.right, torch.finfo(w.state["Q"].dtype).eps)
-        noise = unit * (norms[:, None] / w.shape[1]).sqrt()
+        share = max(w.precision.noise.residual, torch.finfo(w.state["Q"].dtype).eps)
+        noise = (share * norms[:, None] / w.shape[1]).sqrt()
         low = torch.where(low.abs() > noise, low, 0.0)
         wide, kept = low.double().clamp(-1e150, 1e150), (~due).double()
         mean = self.beta1 * kept * w.read("momentum").double() + (1.0 - self.beta1) * wide
@@ -93,7 +93,8 @@ class FRUGAL(MatrixOptimizer, rule=FRUGALRule):
     r"""FRUGAL: Adam where it has memory, sign descent where it has none.
 
     .. math::
-        L &= G Q, \quad M \leftarrow \beta_1 M + (1 - \beta_1) L, \quad V \leftarrow \beta_2 V + (1 - \beta_2) L^{\circ 2} \\
+        L &= G Q, \quad M \leftarrow \beta_1 M + (1 - \beta_1) L, \quad
+        V \leftarrow \beta_2 V + (1 - \beta_2) L^{\circ 2} \\
         X &\leftarrow (1 - \eta\lambda) X - \eta \Big( \frac{\hat M}{\sqrt{\hat V} + \epsilon}\, Q^\top
         + c\; \mathrm{sign}(G - G Q Q^\top) \Big)
 

@@ -50,6 +50,8 @@ class NuMuonRule(DionRule):
         super().check()
         if self.step_fraction is None:
             return
+        if self.adaptive_rank:
+            raise ValueError("adaptive_rank=True and step_fraction each choose the rank: set step_fraction=None")
         if self.step_fraction > self.rank_fraction:
             raise ValueError(
                 f"step_fraction must be at most rank_fraction, but it is {self.step_fraction} > {self.rank_fraction}; "

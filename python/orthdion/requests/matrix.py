@@ -102,6 +102,7 @@ class Matrix:
         extents: what each rank of ``layout.shards`` has of the whole matrix, when asked.
         place: first, row and col of :class:`Draws`.
         draws: how X is rounded, if not to nearest.
+        spectrum: what a step leaves of its columns for the host, where the rank follows it.
     """
 
     x: Tensor
@@ -123,6 +124,7 @@ class Matrix:
     extents: Callable[[], list[Extent]] | None = None
     place: tuple[int, int, int] = (0, 0, 1)
     draws: Draws | None = None
+    spectrum: Tensor | None = None
 
     def outcome(self, null: Tensor | None = None, figures: Report | None = None) -> Outcome:
         """What a write did to it, given R's null directions, and diagnostics if they were asked for."""
