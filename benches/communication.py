@@ -31,7 +31,8 @@ from .timing import Sample, alternate
 __all__ = ["communication"]
 
 _RANKS = 2
-_LINKS = (None, "1gbit")
+#: Bytes a second of each link that is shaped.
+_LINKS = {None: None, "1gbit": 1.25e8, "100mbit": 1.25e7}
 _REPEATS = 7
 
 
@@ -50,7 +51,7 @@ class _Block(nn.Module):
 
 def _candidates(fraction: float) -> dict[str, tuple[Callable[[], object], Callable[[], int]]]:
     """Name → (backward pass and step, bytes of the last one in all-reduce equivalents)."""
-    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
     from torch.distributed.fsdp import fully_shard
 
     x = torch.randn(8, 3072, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -66,14 +67,22 @@ def _candidates(fraction: float) -> dict[str, tuple[Callable[[], object], Callab
 
         return once
 
-    def build(model: nn.Module, **options: Any) -> orthdion.OrthDion:
-        return orthdion.OrthDion(list(model.parameters()), rank_fraction=fraction, **options)
+    def build(model: nn.Module, kind: Any = orthdion.OrthDion, **options: Any) -> Any:
+        return kind(list(model.parameters()), rank_fraction=fraction, **options)
+
+    def completed(bits: int) -> tuple[Callable[[], object], Callable[[], int]]:
+        model = DistributedDataParallel(_Block())
+        mesh = orthdion.decouple(model)
+        o = build(model, orthdion.CompletedDion, replicate_mesh=mesh, residual_bits=bits, reduce_dtype=torch.bfloat16)
+        return loop(model, o), lambda: o.communication().last_step.bytes
 
     plain = DistributedDataParallel(_Block())
     # One bucket: the hook posts its second collective from a callback, and two buckets' would overtake each other.
     power = DistributedDataParallel(_Block(), bucket_cap_mb=64)
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
     power.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    cast = DistributedDataParallel(_Block())
+    cast.register_comm_hook(None, default_hooks.bf16_compress_hook)
     apart, half = DistributedDataParallel(_Block()), DistributedDataParallel(_Block())
     sharded = _Block()
     fully_shard(sharded)
@@ -84,9 +93,12 @@ def _candidates(fraction: float) -> dict[str, tuple[Callable[[], object], Callab
     return {
         "no communication": (loop(alone, build(alone)), lambda: 0),
         "DDP all-reduces gradients": (loop(plain, build(plain)), lambda: gradient_bytes),
+        "DDP, bfloat16 hook": (loop(cast, build(cast, orthdion.CompletedDion)), lambda: gradient_bytes // 2),
         "PowerSGD hook": (loop(power, build(power)), lambda: factor_bytes),
         "factors": (loop(apart, factors), lambda: factors.communication().last_step.bytes),
         "factors in bfloat16": (loop(half, rounded), lambda: rounded.communication().last_step.bytes),
+        "factors in bfloat16, residual in 4 bits": completed(4),
+        "factors in bfloat16, residual in 1 bit": completed(1),
         # FSDP2 gathers weights twice and scatters gradients: three halves of an all-reduce, and R.
         "FSDP2": (loop(sharded, fsdp), lambda: gradient_bytes * 3 // 2 + fsdp.communication().last_step.bytes),
     }
@@ -172,7 +184,7 @@ def communication(machine: Machine, seconds: float) -> Iterator[Row]:
                 continue
             found = _run(link, fraction)
             samples = {name: sample for name, (sample, _) in found.items()}
-            rate = {"10gbit": 1.25e9, "1gbit": 1.25e8}.get(link or "")
+            rate = _LINKS[link]
             # Of two ranks each sends as many bytes as the all-reduce has.
             floors = {name: 1e3 * size / rate for name, (_, size) in found.items()} if rate else {}
             notes = {name: f"{size / 2**20:.2f} MiB" for name, (_, size) in found.items()}

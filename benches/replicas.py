@@ -2,9 +2,9 @@
 
 Every replica's momentum is held here, and what it would send is compressed as it is on the wire, so that compressors
 and numbers of replicas can be compared without as many processes. Written by hand, apart from the library's own step:
-docs/algorithms.md, section 7b, for matrices on their longer side. With ``--remembered`` a replica sends by what its
-residual differs from what was sent so far, C(T_i − H_i), and adds that to H_i; owners keep the mean of the H_i, and
-send C of that.
+docs/algorithms.md, section 7b, for matrices on their longer side. With ``--fade`` a replica sends by what its
+residual differs from what it is known to have, C(T_i − H_i), and H_i ← fade·(H_i + C(T_i − H_i)), as the library does
+at one bit; owners have their own rows' T_i.
 """
 
 from __future__ import annotations
@@ -33,28 +33,30 @@ A, B, MU, C = 0.95, 0.7, 0.95, 2.0
 class Held:
     """One matrix, or a part of a fused one, with what each replica keeps of it."""
 
-    def __init__(self, x: Tensor, replicas: int, bits: int, remembered: bool, draw: torch.Generator) -> None:
+    def __init__(self, x: Tensor, replicas: int, bits: int, fade: float | None, draw: torch.Generator) -> None:
         self.flipped = x.shape[0] < x.shape[1]
         self.x = x.T if self.flipped else x
         self.fan, (m, n) = math.sqrt(x.shape[0] / x.shape[1]), self.x.shape
         self.q = torch.linalg.qr(torch.randn(n, math.ceil(n / 8), generator=draw))[0]
         self.momenta = [torch.zeros(m, n) for _ in range(replicas)]
-        self.bits = bits
-        self.sent = [torch.zeros(m, n) for _ in range(replicas)] if remembered else []
-        self.known = torch.zeros(m, n)
+        self.bits, self.fade = bits, fade
+        self.known = [torch.zeros(m, n) for _ in range(replicas)]
 
     def _c(self, t: Tensor) -> Tensor:
         return unpack(pack(t, self.bits), t.shape[1], self.bits, t.dtype) if self.bits else t
 
     def _mean(self, ts: list[Tensor]) -> Tensor:
         """What all replicas then know of the mean residual."""
-        if not self.sent:
-            return self._c(sum(self._c(t) for t in ts) / len(ts))  # type: ignore[arg-type]
-        changes = [self._c(t - h) for t, h in zip(ts, self.sent, strict=True)]
-        for h, c in zip(self.sent, changes, strict=True):
-            h.add_(c)
-        self.known.add_(sum(changes) / len(ts))
-        return self._c(self.known)
+        w, m = len(ts), len(self.x)
+        if self.fade is None:
+            return self._c(sum(self._c(t) for t in ts) / w)  # type: ignore[arg-type]
+        now = [h + self._c(t - h) for t, h in zip(ts, self.known, strict=True)]
+        mean = sum(now) / w
+        for k in range(w):
+            rows = slice(m * k // w, m * (k + 1) // w)
+            mean[rows] += (ts[k][rows] - now[k][rows]) / w
+        self.known = [self.fade * h for h in now]
+        return self._c(mean)  # type: ignore[arg-type]
 
     def step(self, gradients: list[Tensor], lr: float, weight_decay: float) -> None:
         """One step from each replica's own gradient."""
@@ -77,7 +79,7 @@ class Held:
 def run(
     bits: Annotated[int, typer.Option(help="An entry of the residual: 1, 4, or 0 for whole numbers.")] = 1,
     replicas: Annotated[int, typer.Option(help="Among whom the batch is split.")] = 4,
-    remembered: Annotated[bool, typer.Option(help="Send changes, and remember what was sent.")] = False,
+    fade: Annotated[float | None, typer.Option(help="Send changes; what was sent before counts so much less.")] = None,
     lr: Annotated[float, typer.Option(help="Of the matrices.")] = 0.03,
     steps: Annotated[int | None, typer.Option(help="The demo's if left out; its schedule stays.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
@@ -95,7 +97,7 @@ def run(
             first = 0
             for rows in group.get("split_sizes") or (p.shape[0],):
                 part = slice(first, first + rows)
-                held.append((p, part, Held(p.detach()[part], replicas, bits, remembered, draw)))
+                held.append((p, part, Held(p.detach()[part], replicas, bits, fade, draw)))
                 first += rows
     if not held:
         raise SystemExit("the model has no hidden matrices")
@@ -123,7 +125,7 @@ def run(
     figures = {
         "bits": bits,
         "replicas": replicas,
-        "remembered": remembered,
+        "fade": fade,
         "lr": lr,
         "seed": seed,
         "steps": steps or config.steps,

@@ -8,8 +8,8 @@ import torch
 from oracles import randn
 
 from orthdion.backends import get
-from orthdion.numerics.bits import average, pack, row_bytes, unpack
-from orthdion.requests import ALONE, Average, CompressedMean, Pack, Squares, Unpack
+from orthdion.numerics.bits import average, average_changes, pack, pack_change, row_bytes, unpack
+from orthdion.requests import ALONE, Average, AverageChanges, CompressedMean, Pack, PackChange, Squares, Unpack
 
 SIZES = [(5, 1), (3, 7), (4, 8), (1, 63), (6, 64), (7, 65), (2, 130), (0, 9), (4, 0)]
 DTYPES = (torch.float32, torch.float64)
@@ -106,6 +106,48 @@ def test_the_core_writes_the_references_bytes(shape, bits, dtype):
         assert torch.equal(got[:, head:], want[:, head:])
         scales = [np.frombuffer(x[:, :head].numpy().tobytes(), str(dtype)[6:]) for x in (got, want)]
         np.testing.assert_allclose(*scales, rtol=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("shape", [*SIZES, (300, 500)], ids=str)
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("backend", ["torch", "rust"])
+def test_changes_are_sent_and_remembered(shape, bits, backend):
+    """Of three ranks, of which the second owns all rows: by the definition, entry by entry."""
+    if backend == "rust":
+        pytest.importorskip("orthdion._core", reason="the Rust core is not built")
+    ts, hs = ([randn(*shape, seed=10 * j + k, dtype=torch.float64) for k in range(3)] for j in (0, 1))
+    sent = [plain(t - h, bits) for t, h in zip(ts, hs, strict=True)]
+    packed = []
+    for t, h, c in zip(ts, hs, sent, strict=True):
+        one, memory = get(backend).answer([PackChange(t, h.T.contiguous().T, bits, 0.75)])[0]
+        torch.testing.assert_close(memory, 0.75 * (h + c))
+        torch.testing.assert_close(unpack(one, shape[1], bits, torch.float64), c)
+        packed.append(one)
+    packed[1] = torch.full_like(packed[1], 0xAA)  # is not read
+    known = (hs[0] + hs[2]) / 2
+    mean, memory = get(backend).answer([AverageChanges(torch.stack(packed), ts[1], known, 1, bits, 0.75)])[0]
+    known = known + (sent[0] + sent[2]) / 2
+    torch.testing.assert_close(memory, 0.75 * known)
+    expected = plain((ts[1] + 2 * known) / 3, bits)
+    torch.testing.assert_close(unpack(mean, shape[1], bits, torch.float64), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_core_sends_and_remembers_the_references_bits(bits, dtype):
+    core = pytest.importorskip("orthdion._core", reason="the Rust core is not built") and get("rust")
+    ts, hs = ([randn(70, 130, seed=10 * j + k, dtype=dtype) for k in range(3)] for j in (0, 1))
+    packed = [pack_change(t, h, bits, 0.9) for t, h in zip(ts, hs, strict=True)]
+    head = dtype.itemsize if bits == 1 else 0
+    for t, h, (want, memory) in zip(ts, hs, packed, strict=True):
+        got, kept = core.answer([PackChange(t, h, bits, 0.9)])[0]
+        assert torch.equal(got[:, head:], want[:, head:])
+        torch.testing.assert_close(kept, memory, rtol=0.0, atol=64 * torch.finfo(dtype).eps)
+    all_of_them = torch.stack([bytes_ for bytes_, _ in packed])
+    want, memory = average_changes(all_of_them, ts[2], hs[2], 2, bits, 0.9)
+    got, kept = core.answer([AverageChanges(all_of_them, ts[2], hs[2], 2, bits, 0.9)])[0]
+    assert torch.equal(got[:, head:], want[:, head:])
+    assert torch.equal(kept, memory)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 65), (300, 40), (0, 3), (3, 0)], ids=str)

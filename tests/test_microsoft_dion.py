@@ -1,4 +1,6 @@
-"""What microsoft/dion saved (tests/data/make_microsoft_dion.py) goes on here, to the weights that it would have had."""
+"""What microsoft/dion saved (tests/data/make_microsoft_dion.py) goes on here, to the weights that it would have had; and
+its other optimizers' steps (tests/data/make_microsoft_relatives.py) are those that are taken here.
+"""
 
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from orthdion.checkpoints import MicrosoftDionPlanner
 DATA = Path(__file__).parent / "data"
 sys.path.insert(0, str(DATA))
 import make_microsoft_dion as made  # noqa: E402
+import make_microsoft_relatives as relatives  # noqa: E402
 
 
 @pytest.fixture
@@ -86,3 +89,26 @@ def test_anything_else_that_is_missing_is_an_error(saved, tmp_path):
 def test_their_keywords_are_named_with_what_takes_their_place(keyword, says):
     with pytest.raises(TypeError, match=says):
         orthdion.Dion([torch.nn.Parameter(torch.ones(3, 2))], **keyword)
+
+
+#: By name, what their options are called here. Their momentum of Muon is a sum, ours a mean: directions are the same.
+RELATIVES = {
+    "dion2": {"fraction": 0.25, "ef_decay": 0.9},
+    "dion3": {"fraction": 0.25, "ef_decay": 0.9, "beta2": 0.95},
+    "muon": {"mu": 0.9},
+    "normuon": {"mu": 0.9, "beta2": 0.95},
+}
+
+
+@pytest.mark.parametrize("backend", ["rust", "torch"])
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_take_the_steps_of_their_classes(name, backend):
+    recorded = torch.load(DATA / "microsoft_relatives.pt", weights_only=True)[name]
+    params = relatives.weights()
+    optimizer = orthdion.create(
+        name, params, lr=relatives.LR, weight_decay=relatives.DECAY, backend=backend, **RELATIVES[name]
+    )
+    ours = relatives.trajectory(params, optimizer)
+    assert ours.keys() == recorded.keys()
+    for steps, theirs in recorded.items():
+        assert (ours[steps] - theirs).norm() < 2e-6 * theirs.norm(), steps

@@ -24,6 +24,7 @@ from orthdion.plan.models import PRESETS, model_of
 from orthdion.requests import (
     ALONE,
     Average,
+    AverageChanges,
     Blend,
     Columns,
     CompressedMean,
@@ -39,6 +40,7 @@ from orthdion.requests import (
     NewtonSchulz,
     Norms,
     Pack,
+    PackChange,
     Polar,
     Precision,
     Product,
@@ -82,8 +84,10 @@ def requests():
     update = LowRankUpdate(b, p, v, v, v, q, 0.1, 0.1, 1.0, (1.0, 0.9), None, null)
     return [
         Average(packed[None], n, 4, torch.float32),
+        AverageChanges(torch.stack([packed, packed]), t, t, 1, 4, 0.9),
         Columns(randn(n, r), torch.ones(r, dtype=torch.float64), 1e-6, 1e-8),
         CompressedMean(t, ALONE, 1, "residual"),
+        CompressedMean(t, ALONE, 1, "residual", t, 0.9),
         Energies(b),
         Factor(randn(n, r), "polar", 1e-6, ALONE, "R"),
         Gram(p),
@@ -96,6 +100,7 @@ def requests():
         NewtonSchulz(t, ((3.0, -4.0, 2.0),), precision),
         Norms(x, t),
         Pack(t, 1),
+        PackChange(t, t, 1, 0.9),
         Polar(t, 1e-6),
         Product(b, p),
         ResidualMatrix(b, p, v),
@@ -143,7 +148,7 @@ def test_a_request_that_nobody_has_given_a_cost_is_an_error_that_says_where_to()
     def body():
         yield Unheard()
 
-    with pytest.raises(NotImplementedError, match=r"Unheard.*plan/costs\.py"):
+    with pytest.raises(ValueError, match=r"Unheard.*plan/costs\.py"):
         traced(body(), fused=False)
 
 

@@ -18,7 +18,7 @@ MATCHING = [
     ("auon", {}),
     *(
         (name, {"rank_fraction": f})
-        for name in ("orth-dion", "dion", "curvadion", "completed-dion", "numuon", "mofasgd")
+        for name in ("orth-dion", "dion", "curvadion", "completed-dion", "numuon", "mofasgd", "cosmos")
         for f in (0.1, 0.5, 1.0)
     ),
     *(

@@ -9,6 +9,8 @@ from .create import OptimizerInfo, create, list_optimizers
 from .distributed import decouple
 from .grouping import ParamGroups, param_groups
 from .optim import (
+    COSMOS,
+    FRUGAL,
     RMNP,
     AdamW,
     AuON,
@@ -33,6 +35,8 @@ from .plan import Plan, plan
 __version__ = "0.1.0"
 
 __all__ = [
+    "COSMOS",
+    "FRUGAL",
     "RMNP",
     "AdamW",
     "AuON",

@@ -149,6 +149,29 @@ def average(
     threads: int,
 ) -> None: ...
 def rounded(table: NDArray[np.int64], rounding: NDArray[np.int64], threads: int) -> None: ...
+def pack_change(
+    matrix: NDArray[np.floating],
+    known: NDArray[np.floating],
+    shape: tuple[int, int],
+    bits: int,
+    fade: float,
+    packed: NDArray[np.uint8],
+    next: NDArray[np.floating],
+    threads: int,
+) -> None: ...
+def average_changes(
+    packed: NDArray[np.uint8],
+    ranks: int,
+    own: int,
+    matrix: NDArray[np.floating],
+    known: NDArray[np.floating],
+    shape: tuple[int, int],
+    bits: int,
+    fade: float,
+    mean: NDArray[np.uint8],
+    next: NDArray[np.floating],
+    threads: int,
+) -> None: ...
 def overlap(table: NDArray[np.int64]) -> tuple[int, int] | None: ...
 def instruction_sets() -> tuple[str, list[str], str]: ...
 def thread_pool() -> Literal["openmp", "own"]: ...

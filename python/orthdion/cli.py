@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 try:
-    import matplotlib  # noqa: F401
+    if find_spec("matplotlib") is None:
+        raise ImportError("no matplotlib", name="matplotlib")
     import typer
     from rich.box import SIMPLE
     from rich.console import Console
@@ -263,14 +265,21 @@ def list_(
 ) -> None:
     """List the registered optimizers: the step of each, what it keeps, computes, sends, and is for."""
     from .create import list_optimizers
-    from .plan.catalogue import RANKS, catalogue
+    from .plan.catalogue import RANKS
+    from .plan.catalogue import counted as row_of
 
+    refused = {}
     if counted:
         title = f"numbers for each weight of a GPT block 768 wide, r = d/8; sent by each of {RANKS} ranks"
         table = Table(title=title, title_justify="left", box=SIMPLE)
         for column in ("name", "state", "flops", "sent, FSDP", "sent, DDP"):
             table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
-        for row in catalogue([known.name for known in list_optimizers()]):
+        for known in list_optimizers():
+            try:
+                row = row_of(known)
+            except ValueError as e:
+                refused[known.name] = e
+                continue
             sent = ("varies" if x is None else f"{x:.3g}" for x in (row.sharded, row.replicas))
             table.add_row(row.info.name, f"{row.state:.3g}", f"{row.flops:.3g}", *sent)
     else:
@@ -281,6 +290,8 @@ def list_(
             cells = (known.summary, known.state, known.flops, known.sent, known.use, known.paper)
             table.add_row(known.name, *cells)
     (console if console.is_terminal else Console(width=160)).print(table)
+    for name, why in refused.items():
+        console.print(f"not counted: {name}: {why}", markup=False, highlight=False)
 
 
 @app.command()

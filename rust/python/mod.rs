@@ -73,5 +73,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(residual::pack, m)?)?;
     m.add_function(wrap_pyfunction!(residual::unpack, m)?)?;
     m.add_function(wrap_pyfunction!(residual::average, m)?)?;
+    m.add_function(wrap_pyfunction!(residual::pack_change, m)?)?;
+    m.add_function(wrap_pyfunction!(residual::average_changes, m)?)?;
     Ok(())
 }

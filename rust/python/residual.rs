@@ -2,7 +2,7 @@
 
 use super::detached;
 use super::table::{Table, number_rows, numbers, same};
-use crate::bits::{self, Bits, Format};
+use crate::bits::{self, Bits, Changes, Coded, Format};
 use crate::borrow;
 use crate::error::Error;
 use crate::gemm::Context;
@@ -202,4 +202,87 @@ pub(super) fn average(
     let (from, to) = (read(&packed)?, write(&mut mean)?);
     let average = if double { bits::average::<f64> } else { bits::average::<f32> };
     detached(py, || average(cx, vec![(format, ranks, from, to)]))
+}
+
+/// T, H and the next H, in one working precision.
+enum Three<'a> {
+    Single([&'a [f32]; 2], &'a mut [f32]),
+    Double([&'a [f64]; 2], &'a mut [f64]),
+}
+
+fn three<'a>(
+    matrix: &'a Numbers<'_>,
+    known: &'a Numbers<'_>,
+    next: &'a mut NumbersMut<'_>,
+) -> Result<Three<'a>, Error> {
+    match (matrix, known, next) {
+        (Numbers::Single(t), Numbers::Single(h), NumbersMut::Single(to)) => {
+            Ok(Three::Single([read(t)?, read(h)?], write(to)?))
+        }
+        (Numbers::Double(t), Numbers::Double(h), NumbersMut::Double(to)) => {
+            Ok(Three::Double([read(t)?, read(h)?], write(to)?))
+        }
+        _ => Err(super::bad("the three matrices must be of one precision")),
+    }
+}
+
+fn changes<'a, T: Coded>([matrix, known]: [&'a [T]; 2], next: &'a mut [T], fade: f64) -> Changes<'a, T> {
+    Changes { matrix, known, next, fade: T::of(fade) }
+}
+
+/// Packs T − H, and overwrites `next` by fade·(H + what the bytes say).
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn pack_change(
+    py: Python<'_>,
+    matrix: Numbers<'_>,
+    known: Numbers<'_>,
+    shape: (usize, usize),
+    bits: usize,
+    fade: f64,
+    mut packed: PyReadwriteArray1<'_, u8>,
+    mut next: NumbersMut<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let (format, cx, to) = (format(shape.0, shape.1, bits)?, Context::new(threads), write(&mut packed)?);
+    match three(&matrix, &known, &mut next)? {
+        Three::Single(old, next) => {
+            detached(py, || bits::pack_changes(cx, vec![(format, changes(old, next, fade), to)]))
+        }
+        Three::Double(old, next) => {
+            detached(py, || bits::pack_changes(cx, vec![(format, changes(old, next, fade), to)]))
+        }
+    }
+}
+
+/// The mean of one rank's T and of the others', whose changes are packed: `packed` holds all ranks', of which number
+/// `own` is not read. `known` is the mean of the others' before, and `next` is overwritten by fade times that of now.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn average_changes(
+    py: Python<'_>,
+    packed: PyReadonlyArray1<'_, u8>,
+    ranks: usize,
+    own: usize,
+    matrix: Numbers<'_>,
+    known: Numbers<'_>,
+    shape: (usize, usize),
+    bits: usize,
+    fade: f64,
+    mut mean: PyReadwriteArray1<'_, u8>,
+    mut next: NumbersMut<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let (format, cx) = (format(shape.0, shape.1, bits)?, Context::new(threads));
+    let (from, to) = (read(&packed)?, write(&mut mean)?);
+    match three(&matrix, &known, &mut next)? {
+        Three::Single(old, next) => {
+            let jobs = vec![(format, ranks, own, from, changes(old, next, fade), to)];
+            detached(py, || bits::average_changes(cx, jobs))
+        }
+        Three::Double(old, next) => {
+            let jobs = vec![(format, ranks, own, from, changes(old, next, fade), to)];
+            detached(py, || bits::average_changes(cx, jobs))
+        }
+    }
 }

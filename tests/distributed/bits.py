@@ -21,12 +21,41 @@ class ByHand:
     def __init__(self, x: Tensor, q: Tensor, replicas: int, bits: int, parts: list[tuple[slice, slice]]) -> None:
         self.x, self.q, self.bits, self.parts = x.clone(), q.clone(), bits, parts
         self.m = [torch.zeros_like(x) for _ in range(replicas)]
+        #: What is known of each replica's residual, at one bit.
+        self.h = [torch.zeros_like(x) for _ in range(replicas)]
 
     def compress(self, t: Tensor) -> Tensor:
         out = torch.zeros_like(t)
         for part in self.parts:
             out[part] = plain(t[part], self.bits)
         return out
+
+    def owners(self) -> list[tuple[int, tuple[slice, slice]]]:
+        """Each replica's rows of each part."""
+        w, found = len(self.m), []
+        for part in self.parts:
+            span, rows = part[0].indices(len(self.x)), len(self.x[part])
+            cuts = [slice(span[0] + rows * k // w, span[0] + rows * (k + 1) // w) for k in range(w)]
+            found += [(k, (cut, part[1])) for k, cut in enumerate(cuts)]
+        return found
+
+    def known(self) -> Tensor:
+        """Of each row, the mean of what its owner knows of the others' residuals."""
+        out = torch.zeros_like(self.x)
+        for k, rows in self.owners():
+            out[rows] = sum(h[rows] for i, h in enumerate(self.h) if i != k) / (len(self.h) - 1)
+        return out
+
+    def mean(self, ts: list[Tensor]) -> Tensor:
+        """Of the residuals, as all replicas get it."""
+        if self.bits == 4:
+            return self.compress(sum(self.compress(t) for t in ts) / len(ts))
+        self.h = [h + self.compress(t - h) for t, h in zip(ts, self.h, strict=True)]
+        known, out = self.known(), torch.zeros_like(self.x)
+        for k, rows in self.owners():
+            out[rows] = (ts[k][rows] + (len(ts) - 1) * known[rows]) / len(ts)
+        self.h = [A * h for h in self.h]
+        return self.compress(out)
 
     def step(self, gs: list[Tensor], lr: float, decay: float, fan: float) -> None:
         plus = [m + g for m, g in zip(self.m, gs, strict=True)]
@@ -35,7 +64,7 @@ class ByHand:
         p = p * t.diagonal().sign()
         rs = [b.T @ p for b in bs]
         u, _, w = torch.linalg.svd(sum(rs) / len(rs), full_matrices=False)
-        c = self.compress(sum(self.compress(b - p @ r.T) for b, r in zip(bs, rs, strict=True)) / len(bs))
+        c = self.mean([b - p @ r.T for b, r in zip(bs, rs, strict=True)])
         c = c / c.norm(dim=0)
         c = c / c.norm(dim=1, keepdim=True)
         spare = min(self.x.shape) - p.shape[1]
@@ -88,6 +117,10 @@ def few_bits_equal_the_hand(shapes: Any, steps: int, bits: int, hybrid: bool) ->
         mean = sum(hand.m) / count
         apart = max(apart, distance(p, hand.x if s[0] >= s[1] else hand.x.T))
         momenta = max(momenta, distance(o.state[p]["momentum"], mean if s[0] >= s[1] else mean.T, 1.0))
+        assert ("memory" in o.state[p]) == (bits == 1)
+        if bits == 1:
+            known = hand.known()
+            momenta = max(momenta, distance(o.state[p]["memory"], known if s[0] >= s[1] else known.T, 1.0))
     return apart, momenta, agree, sent
 
 
@@ -163,3 +196,39 @@ def resumed(bits: int) -> bool:
     run(o, p, range(4, 8))
     run(again, other, range(4, 8))
     return bool(torch.equal(p, other))
+
+
+def memories_of_other_runs() -> tuple[bool, bool, bool, float]:
+    """What is remembered after loading a state from one process, where nothing was; from these replicas; and by
+    replicas that sent four bits. How far the first step after the second is from that of the run that was saved.
+    """
+    rank, make = dist.get_rank(), {"optimizer": "completed-dion", "rank_fraction": 0.25}
+
+    def one(bits: int, mesh: Any) -> tuple[Any, Tensor]:
+        p = torch.nn.Parameter(randn(24, 16, seed=1, dtype=torch.float32))
+        return build([p], {**make, "residual_bits": bits}, replicate_mesh=mesh), p
+
+    def step(o: Any, p: Tensor, k: int) -> Any:
+        p.grad = gradient((24, 16), k, 0, rank, torch.float32)
+        o.step()
+        return o.state_dict()
+
+    alone, p = one(1, None)
+    p.grad = gradient((24, 16), 0, 0, 0, torch.float32)
+    alone.step()
+    first, p = one(1, dist.group.WORLD)
+    first.load_state_dict(alone.state_dict())
+    fresh = "memory" not in alone.state_dict()["state"][0] and not first.state[p]["memory"].any()
+    saved = step(first, p, 1)
+    other, q = one(4, dist.group.WORLD)
+    q.data.copy_(p)
+    other.load_state_dict(saved)
+    taken = bool(torch.equal(other.state[q]["memory"], first.state[p]["memory"])) and bool(
+        first.state[p]["memory"].any()
+    )
+    step(first, p, 2)
+    step(other, q, 2)
+    four, u = one(4, dist.group.WORLD)
+    dropped = step(four, u, 0)
+    first.load_state_dict(dropped)
+    return fresh, taken, "memory" not in first.state[p], distance(p, q)

@@ -19,7 +19,7 @@ __all__ = ["Positions", "RowVariance", "TallPositions", "TallRowVariance"]
 def _weighted(whole: Tensor) -> Tensor:
     """Every entry times its number in the whole matrix, minus its row's first: whoever mixes up parts is found out."""
     m, n = whole.shape
-    return whole * torch.arange(m * n, dtype=whole.dtype).view(m, n) - whole[:, :1]
+    return whole * torch.arange(m * n, dtype=whole.dtype, device=whole.device).view(m, n) - whole[:, :1]
 
 
 def _work(whole: Tensor) -> Request:

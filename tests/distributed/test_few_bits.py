@@ -33,12 +33,8 @@ def test_bytes_are_those_of_the_rows_and_of_the_longest_share(world, size, bits)
     """Half of all rows' bytes go to their owners, and half of as many shares of the longest come back."""
     shapes = [(32, 20), (40, 24), (17, 9)]
     _, _, _, sent = world(size).run(few.few_bits_equal_the_hand, shapes, 2, bits, False)[0]
-    rows = [row_bytes(n, bits) for m, n in shapes for _ in range(m)]
-    total, shares, start = sum(rows), [0] * size, 0
-    for width in rows:  # a row belongs to the rank in whose share of all bytes it begins
-        owner = next(k for k in range(size) if total * k // size <= start < total * (k + 1) // size)
-        shares[owner] += width
-        start += width
+    total = sum(m * row_bytes(n, bits) for m, n in shapes)
+    shares = [sum(row_bytes(n, bits) * (m * (k + 1) // size - m * k // size) for m, n in shapes) for k in range(size)]
     assert sent.last_step.by_content["residual"] == total // 2 + size * max(shares) // 2
 
 
@@ -56,3 +52,7 @@ def test_what_has_no_gradient_anywhere_does_not_move(world, bits):
 @pytest.mark.parametrize("bits", [1, 4])
 def test_a_resumed_run_goes_on_to_the_same_bits(world, bits):
     assert all(world(2).run(few.resumed, bits))
+
+
+def test_what_was_sent_is_remembered_in_checkpoints_where_there_are_replicas(world):
+    assert all(found == (True, True, True, 0.0) for found in world(2).run(few.memories_of_other_runs))

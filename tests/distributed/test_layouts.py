@@ -73,6 +73,8 @@ OTHERS = [
     {"optimizer": "auon"},
     {"optimizer": "dct-dion", "rank_fraction": 0.5},
     {"optimizer": "mofasgd", "rank_fraction": 0.5},
+    {"optimizer": "cosmos", "rank_fraction": 0.5},
+    {"optimizer": "frugal", "rank_fraction": 0.5, "update_gap": 2},
     {"optimizer": "signed-momentum-of-tests"},
     {"optimizer": "adamw"},
     {"optimizer": "lion"},
@@ -140,6 +142,8 @@ def test_the_backends_take_the_same_sharded_step(world, size, layout, form):
         {"optimizer": "auon"},
         {"optimizer": "dct-dion", "rank_fraction": 0.5},
         {"optimizer": "mofasgd", "rank_fraction": 0.5},
+        {"optimizer": "cosmos", "rank_fraction": 0.5},
+        {"optimizer": "frugal", "rank_fraction": 0.5},
         {"optimizer": "numuon", "rank_fraction": 0.5, "step_fraction": 0.3},
         {"optimizer": "demo", "top_k": 5, "chunk": 8},
         {"optimizer": "orth-dion", "rank_fraction": 0.5, "hyperball": True, "row_variance": 0.9},
@@ -152,7 +156,17 @@ def test_stacks_convolutions_fused_blocks_and_vectors(world, size, options):
         assert max(found) < 1e-8, found
 
 
-STRIDED = ["orth-dion", "completed-dion", "muon", "dct-dion", "mofasgd", "demo", "signed-momentum-of-tests"]
+STRIDED = [
+    "orth-dion",
+    "completed-dion",
+    "muon",
+    "dct-dion",
+    "mofasgd",
+    "cosmos",
+    "frugal",
+    "demo",
+    "signed-momentum-of-tests",
+]
 
 
 @pytest.mark.parametrize("optimizer", STRIDED)

@@ -4,7 +4,7 @@ import pytest
 import saved
 
 RULES = ["orth-dion", "muon", "completed-dion", "normuon", "dion2", "rmnp", "signed-momentum-of-tests"]
-RULES += ["sinkgd", "dion3", "trasmuon", "auon", "numuon", "dct-dion", "mofasgd", "demo"]
+RULES += ["sinkgd", "dion3", "trasmuon", "auon", "numuon", "dct-dion", "mofasgd", "cosmos", "frugal", "demo"]
 RULES += ["row-variance", "tall-row-variance"]
 #: Shapes of a state of rows of the fused weights whose rows are sharded: side by side, as the weight's.
 FUSED = [(12,), (13,), (18,), (14,), (3, 12)]

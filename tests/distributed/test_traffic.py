@@ -62,6 +62,13 @@ RELATIVES = [
         {"R": 4 * N * R, "gram": 8 * R**2},
         {"P": 4 * M * R, "gram": 8 * 2 * R**2},
     ),
+    (
+        "cosmos",
+        {"rank_fraction": 0.25},
+        {"norms": 44, "GGU": 4 * N * R, "gram": 8 * R**2},
+        {"norms": 44, "GU": 4 * 3 * M * R, "gram": 8 * 2 * R**2},
+    ),
+    ("frugal", {"rank_fraction": 0.25}, {}, {"GQ": 4 * M * R, "norms": 8 * M}),
     ("demo", {}, {}, {}),
 ]
 
@@ -73,7 +80,7 @@ def test_relatives_send_what_their_formulas_say(world, name, options, rows, cols
         whole = [content.pop("whole", 0) for content in found]
         for content in found:
             assert content == {"flags": 8, **expected}, layout
-        travels = {"trasmuon": N, "demo": N, "dct-dion": R if layout == "fsdp" else 0}.get(name, 0)
+        travels = {"trasmuon": N, "cosmos": N, "demo": N, "dct-dion": R if layout == "fsdp" else 0}.get(name, 0)
         assert sum(whole) == 4 * M * travels
 
 

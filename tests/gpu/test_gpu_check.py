@@ -171,7 +171,7 @@ def peer(tmp_path):
 #: Whose program is another part's under another tool.
 SAME = ("racecheck", "synccheck")
 #: Which do what others do, for longer.
-LONG = ("memcheck", "dram", "spectra", "forms", "llama-3.2-1b", "moe", "cpu-tests")
+LONG = ("memcheck", "correct", "dram", "spectra", "forms", "llama-3-8b", "llama-3.2-1b", "moe", "cpu-tests")
 EACH = [pytest.param(p, marks=pytest.mark.slow) if p in LONG else p for p in PLACES if p not in SAME]
 
 

@@ -18,6 +18,7 @@ from orthdion import _core
 from ..numerics.bits import row_bytes
 from ..requests import (
     Average,
+    AverageChanges,
     Blend,
     Draws,
     Elementwise,
@@ -28,6 +29,7 @@ from ..requests import (
     LowRankUpdate,
     NewtonSchulz,
     Pack,
+    PackChange,
     Precision,
     Product,
     Request,
@@ -182,6 +184,23 @@ class RustBackend(TorchBackend):
         out, double = torch.empty(m, k, dtype=torch.uint8), q.dtype == torch.float64
         _core.average(_flat(q.packed), ranks, (m, q.columns), q.bits, _flat(out), double, _threads())
         return out
+
+    def pack_change(self, q: PackChange) -> tuple[Tensor, Tensor]:
+        """A row at a time."""
+        m, n = q.tensor.shape
+        out = torch.empty(m, row_bytes(n, q.bits, q.tensor.dtype), dtype=torch.uint8)
+        memory = torch.empty(m, n, dtype=q.tensor.dtype)
+        old, new = (_flat(q.tensor), _flat(q.memory)), (_flat(out), _flat(memory))
+        _core.pack_change(*old, (m, n), q.bits, q.fade, *new, _threads())
+        return out, memory
+
+    def average_changes(self, q: AverageChanges) -> tuple[Tensor, Tensor]:
+        """A row at a time."""
+        (ranks, m, k), n = q.packed.shape, q.tensor.shape[1]
+        out, memory = torch.empty(m, k, dtype=torch.uint8), torch.empty(m, n, dtype=q.tensor.dtype)
+        old, new = (_flat(q.tensor), _flat(q.memory)), (_flat(out), _flat(memory))
+        _core.average_changes(_flat(q.packed), ranks, q.own, *old, (m, n), q.bits, q.fade, *new, _threads())
+        return out, memory
 
     # ------------------------------------------------------------ writes
 

@@ -21,6 +21,7 @@ from ..numerics.rounding import drawn, rounded, words
 from ..requests import (
     ALONE,
     Average,
+    AverageChanges,
     Blend,
     Columns,
     CompressedMean,
@@ -37,6 +38,7 @@ from ..requests import (
     NewtonSchulz,
     Norms,
     Pack,
+    PackChange,
     Polar,
     Precision,
     Product,
@@ -68,6 +70,7 @@ class TorchBackend:
     fused: Mapping[type[Form], Fused] = {}
     _METHODS: ClassVar[dict[type[Request], str]] = {
         Average: "average",
+        AverageChanges: "average_changes",
         Columns: "columns",
         CompressedMean: "compressed_mean",
         Direction: "direction",
@@ -80,6 +83,7 @@ class TorchBackend:
         NewtonSchulz: "newton_schulz",
         Norms: "norms",
         Pack: "pack",
+        PackChange: "pack_change",
         Polar: "polar",
         Product: "product",
         ResidualMatrix: "residual_matrix",
@@ -177,9 +181,20 @@ class TorchBackend:
         """From bits to bits."""
         return bits.average(q.packed, q.columns, q.bits, q.dtype)
 
-    def compressed_mean(self, q: CompressedMean) -> Tensor:
-        """Of a rank that is alone: packed twice, as its own owner."""
+    def pack_change(self, q: PackChange) -> tuple[Tensor, Tensor]:
+        """In bits."""
+        return bits.pack_change(q.tensor, q.memory, q.bits, q.fade)
+
+    def average_changes(self, q: AverageChanges) -> tuple[Tensor, Tensor]:
+        """From bits to bits."""
+        return bits.average_changes(q.packed, q.tensor, q.memory, q.own, q.bits, q.fade)
+
+    def compressed_mean(self, q: CompressedMean) -> Any:
+        """Of a rank that is alone, as its own owner: packed twice, or with a memory once."""
         n, dtype = q.tensor.shape[1], q.tensor.dtype
+        if q.memory is not None:
+            packed = self.pack(Pack(q.tensor, q.bits))
+            return self.unpack(Unpack(packed, n, q.bits, dtype)), q.memory * q.fade
         mean = self.average(Average(self.pack(Pack(q.tensor, q.bits))[None], n, q.bits, dtype))
         return self.unpack(Unpack(mean, n, q.bits, dtype))
 
@@ -280,17 +295,21 @@ class TorchBackend:
         return d
 
     def keep(self, q: LowRankUpdate) -> None:
-        """Stores the next step's Q, and further states."""
-        for name, value in {"Q": q.q, **q.states}.items():
-            self._store(q.b.w, q.b.w.state[name], value)
+        """Stores the next step's Q, and the states that the request brings."""
+        self._store(q.b.w, q.b.w.state["Q"], q.q)
+        self._keep(q.b.w, q.states)
+
+    def _keep(self, w: Matrix, states: dict[str, Tensor]) -> None:
+        for name, value in states.items():
+            self._store(w, w.state[name], value)
 
     def update(self, q: Update) -> Any:
         """X and states."""
-        exact = self._descend(q.w, q.direction, q.lr, q.weight_decay, q.scale)
-        for name, value in q.states.items():
-            if name == "momentum" and exact is not None and q.error is not None:
-                value = value + q.error * (exact - q.w.x.to(exact.dtype))
-            self._store(q.w, q.w.state[name], value)
+        exact, states = self._descend(q.w, q.direction, q.lr, q.weight_decay, q.scale), q.states
+        if exact is not None and q.error is not None:
+            lost = exact - q.w.x.to(exact.dtype)
+            states = {**states, "momentum": states["momentum"] + q.error * lost}
+        self._keep(q.w, states)
         return q.w.outcome()
 
     def _descend(self, w: Matrix, d: Tensor, lr: Any, weight_decay: Any, scale: float) -> Tensor | None:

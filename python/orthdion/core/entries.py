@@ -111,7 +111,7 @@ class Entry:
         if now == self._fits:
             return  # what is sharded, or has been copied, is looked at anew at each step
         sides = Sides((), ()) if fold is None else Sides.read_off(fold, rule, state)
-        for key, kept in stored(fold, rule, sides, None).items():
+        for key, kept in stored(fold, rule.kept_in(self.layout), sides, None).items():
             if key not in state:
                 raise StateError(f"it has lost its state {key!r}")
             if not isinstance(state[key], Tensor):
@@ -123,9 +123,9 @@ class Entry:
 
     def _follow(self, state: dict[str, Tensor], rule: Rule, deferred: bool) -> None:
         """Moves the states to where the model has been moved since they were made."""
-        device = self.p.device
+        device, kept = self.p.device, rule.kept_in(self.layout)
         for key, t in state.items():
-            if base_name(key) in rule.kept and t.device != device and (t.ndim or deferred):
+            if base_name(key) in kept and t.device != device and (t.ndim or deferred):
                 state[key] = t.to(device)
 
     def lies_as_before(self, state: dict[str, Tensor], layout: Layout) -> bool:
@@ -146,8 +146,9 @@ class Entry:
             found = self._matrices(state, rule, layout, copies)
         # A DTensor's local part may be another object at each step.
         if self.placed.mesh is None and len(copies.made) == before:
-            kept = ((key, t) for key, t in state.items() if base_name(key) in rule.kept)
-            self._states = tuple((key, t, t.data_ptr()) for key, t in kept)
+            kept = rule.kept_in(self.layout)
+            own = ((key, t) for key, t in state.items() if base_name(key) in kept)
+            self._states = tuple((key, t, t.data_ptr()) for key, t in own)
             self._key = (p.data_ptr(), p.stride(), layout)
             self.seen = found
         return found
@@ -169,7 +170,7 @@ class Entry:
         xs = self._parts(x, x, copies)
         found: list[dict[str, Tensor]] = [{} for _ in xs]
         which = [(e, k) for e in range(len(xs) // fold.parts) for k in range(fold.parts)]
-        for key, kept in stored(fold, rule, sides, None).items():
+        for key, kept in stored(fold, rule.kept_in(self.layout), sides, None).items():
             t = local(state[key])
             if not kept.parts:
                 parts = self._parts(t, x, copies) if kept.state.axes else [t] * len(xs)

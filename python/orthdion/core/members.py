@@ -119,7 +119,8 @@ class Members(Groups):
         placed = self._placed(m, fold)
         if fold is not None:
             sides = states.Sides.of(fold, rule)
-        layout = states.stored(fold, rule, sides, (m.name, p, placed))
+        kept = rule.kept_in(compressed(placed.layout, rule, fold, sides))
+        layout = states.stored(fold, kept, sides, (m.name, p, placed))
         seed = None if has_no_data(p) else self._seed
         state = states.initial(p, fold, sides, placed, layout, self._formats, seed, m.number)
         return self._entered(m, rule, placed, fold, sides), state

@@ -27,10 +27,12 @@ from ..requests import (
 )
 from .low_rank import Left
 
-__all__ = ["exact_residual", "sent_residual"]
+__all__ = ["MEMORY", "exact_residual", "sent_residual"]
 
 Kind = Literal["normalized", "linear"]
 Answer = Generator[Any, Any, Residual | None]
+#: The state that a residual in one bit needs.
+MEMORY = "memory"
 
 
 def exact_residual(w: Matrix, left: Left, r: Tensor, kind: Kind, scale: float) -> Answer:
@@ -65,22 +67,33 @@ def exact_residual(w: Matrix, left: Left, r: Tensor, kind: Kind, scale: float) -
 
 
 def sent_residual(
-    w: Matrix, left: Left, r: Tensor, own: Tensor, kind: Kind, scale: float, bits: Literal[1, 4]
-) -> Answer:
-    """The mean over replicas of ``T_i = B_i − P R_iᵀ``, which travels in few bits; R is the mean of the R_i (``own``).
+    w: Matrix, left: Left, r: Tensor, own: Tensor, kind: Kind, scale: float, bits: Literal[1, 4], fade: float
+) -> Generator[Any, Any, tuple[Residual | None, dict[str, Tensor]]]:
+    """The mean over replicas of ``T_i = B_i − P R_iᵀ``, which travels in few bits, and new states; R is the mean of the
+    R_i (``own``). At one bit, replicas send by what their T_i differs from what they are known to have, which fades by
+    ``fade``, as what T_i has of M does.
 
     B̄ is nowhere whole: its energies are those of P R̄ᵀ and of the mean residual together.
     """
-    at, spare, noise = w.layout, min(w.shape) - r.shape[1], w.precision.noise
-    if spare == 0 or scale == 0.0:
-        return None
-    goal = scale * math.sqrt(spare)
+    if min(w.shape) == r.shape[1] or scale == 0.0:
+        return None, {}
     t = yield ResidualMatrix(left.b, left.p, own)
-    t = yield CompressedMean(t, at.replicas, bits, "residual")
     of_columns = yield Map(_row_squares, (r,))
-    if bits == 1:
-        # It has no zero: where no replica has anything in a column, R̄'s row is zero, and so is the column.
-        t = yield Map(_where_captured, (t, of_columns))
+    if bits != 1:
+        t = yield CompressedMean(t, w.layout.replicas, bits, "residual")
+        return (yield from _known_residual(w, left, r, of_columns, t, kind, scale)), {}
+    t, memory = yield CompressedMean(t, w.layout.replicas, bits, "residual", w.read(MEMORY), fade)
+    # One bit has no zero: where no replica has anything in a column, R̄'s row is zero, and so is the column.
+    t = yield Map(_where_captured, (t, of_columns))
+    return (yield from _known_residual(w, left, r, of_columns, t, kind, scale)), {MEMORY: memory}
+
+
+def _known_residual(
+    w: Matrix, left: Left, r: Tensor, of_columns: Tensor, t: Tensor, kind: Kind, scale: float
+) -> Answer:
+    """T's numbers, where all of it is known."""
+    at, spare, noise = w.layout, min(w.shape) - r.shape[1], w.precision.noise
+    goal = scale * math.sqrt(spare)
     rows, columns = yield Squares(t)
     gram = yield Reduce((yield Gram(r)), at.cols, "residual")
     missed, captured = yield (

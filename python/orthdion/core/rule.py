@@ -44,11 +44,13 @@ class StateSpec:
     ``("rows", "cols")`` lies as the weight does; ``("cols", "rank")``, ``("rows",)`` and the like are of each matrix,
     ``("out",)`` of its output features, which of a matrix that is seen transposed are the columns; ``()`` is one number
     a parameter. ``dtype`` None: ``q_dtype`` for what has a rank, ``momentum_dtype`` for the rest.
+    ``apart``: replicas that average factors have one each; a checkpoint has the mean, with which all of them go on.
     """
 
     axes: tuple[Axis, ...] = ("rows", "cols")
     start: Literal["zeros", "orthonormal"] = "zeros"
     dtype: torch.dtype | None = None
+    apart: bool = False
 
 
 States = dict[str, StateSpec]
@@ -158,6 +160,12 @@ class Rule:
         fraction, multiple = getattr(self, "rank_fraction", 1.0), getattr(self, "rank_multiple_of", 1)
         # A fraction such as 0.1 of 30 must give 3, not the 4 that its rounding error would make of it.
         return min(math.ceil(round(fraction * min(m, n) / multiple, 9)) * multiple, min(m, n))
+
+    def kept_in(self, at: Layout) -> States:
+        """What it keeps of matrices that lie so: its states, and what only some layouts need, which starts afresh where
+        a checkpoint has none of it.
+        """
+        return self.kept
 
     def unsupported(self, at: Layout) -> str | None:
         """Why matrices that lie so cannot be stepped, and the remedy; None if they can."""

@@ -25,6 +25,7 @@ from .registry import find, rules
 from .resolved import Resolved
 from .rule import Rule
 from .runtime import Runtime, one_each
+from .states import base_name
 from .work import Done
 
 __all__ = ["Member", "SavedOptimizer"]
@@ -85,6 +86,9 @@ class SavedOptimizer(Optimizer):
     def _meet(self, quiet: bool = False) -> None:
         raise NotImplementedError
 
+    def _rule(self, k: int, group: dict[str, Any]) -> Rule:
+        raise NotImplementedError
+
     def _members(self) -> list[Member]:
         """What the groups hold now, in their order."""
         held = [(p, g, k, i) for k, g in enumerate(self.param_groups) for i, p in enumerate(g["params"])]
@@ -104,7 +108,8 @@ class SavedOptimizer(Optimizer):
         return super().state_dict()
 
     def synchronize_for_checkpoint(self) -> None:
-        """Averages replicas' momenta in place; :meth:`state_dict` does it by itself. Every rank must call it.
+        """Averages in place what replicas have apart: momenta, and what they remember to have sent. Every rank must
+        call it; :meth:`state_dict` does it by itself.
 
         Raises:
             RuntimeError: if some rank does not (gloo; NCCL waits for its own time-out).
@@ -114,16 +119,17 @@ class SavedOptimizer(Optimizer):
         self._meet()
         meet(self._meshes.replicas, "state_dict() averages the replicas' momenta, so every rank must call it")
         bodies, targets = [], []
-        for group in self.param_groups:
+        for k, group in enumerate(self.param_groups):
             for p in group["params"]:
                 entry = self._entries[id(p)]
-                replicas = entry.placed.layout.replicas
-                if entry.rule.averages_factors and replicas.size > 1:
-                    m = local(self.state[p]["momentum"])
-                    bodies.append(mean_over(replicas, m, "momentum"))
-                    targets.append(m)
-        for m, average in zip(targets, Runtime(self._comm).run(bodies, one_each(bodies)), strict=True):
-            m.copy_(average)
+                replicas, kept = entry.placed.layout.replicas, self._rule(k, group).kept_in(entry.layout)
+                for key, t in self.state[p].items() if replicas.size > 1 else ():
+                    name = base_name(key)
+                    if name in kept and kept[name].apart:
+                        bodies.append(mean_over(replicas, local(t), name))
+                        targets.append(local(t))
+        for t, average in zip(targets, Runtime(self._comm).run(bodies, one_each(bodies)), strict=True):
+            t.copy_(average)
         self._drifted = False
 
     def load_state_dict(self, state_dict: dict[str, Any], algorithms: Mapping[str, str] | None = None) -> None:
@@ -164,7 +170,10 @@ class SavedOptimizer(Optimizer):
                         state = {**state, "step": torch.tensor(float(saved["step"]), dtype=torch.float32)}
                     name = self._name(p)
                     self._warn_of_nan(name, state)
-                    loaded[p] = states.fitted(name, p, entry.fold, entry.placed, rule, self.state[p], state)
+                    kept = rule.kept_in(entry.layout)
+                    loaded[p] = states.fitted(
+                        name, p, entry.fold, entry.placed, rule, kept, self._formats, self.state[p], state
+                    )
         # torch would cast states to the weights' dtype: it gets the groups only, and hooks run around all of it.
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._optimizer_load_state_dict_post_hooks = OrderedDict()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed import Placed, is_dtensor, local
 from .fold import Copies, Fold
-from .rule import Axis, Rule, StateSpec
+from .rule import Axis, Rule, States, StateSpec
 from .starts import Orthonormal, generator
 
 __all__ = ["Formats", "Sides", "Stored", "base_name", "fitted", "initial", "stored"]
@@ -60,7 +60,7 @@ class Sides:
             ValueError: where parts of unequal size would need unequal ranks that are not the rule's.
         """
         found = Sides.of(fold, rule)
-        for key, kept in stored(fold, rule, found, None).items():
+        for key, kept in stored(fold, rule.kept, found, None).items():
             axes = kept.state.axes
             if "rank" not in axes or not isinstance(states.get(key), Tensor):
                 continue
@@ -130,7 +130,7 @@ class Stored:
         return t
 
 
-def stored(fold: Fold | None, rule: Rule, sides: Sides, at: tuple[str, Tensor, Placed] | None) -> dict[str, Stored]:
+def stored(fold: Fold | None, states: States, sides: Sides, at: tuple[str, Tensor, Placed] | None) -> dict[str, Stored]:
     """Every tensor that a parameter's states are kept in. ``fold`` None: of an elementwise rule. ``at``: the name, the
     parameter and how it lies over ranks; None: as if on one.
 
@@ -138,7 +138,7 @@ def stored(fold: Fold | None, rule: Rule, sides: Sides, at: tuple[str, Tensor, P
         NotImplementedError: where a state would have to be split other than the parameter is.
     """
     found: dict[str, Stored] = {}
-    for name, state in rule.kept.items():
+    for name, state in states.items():
         if state.axes == ():
             found[name] = Stored(name, state, (), torch.Size(()), {})
         elif fold is None or set(state.axes) == {"rows", "cols"}:
@@ -251,17 +251,26 @@ def fitted(
     fold: Fold | None,
     placed: Placed,
     rule: Rule,
+    states: States,
+    formats: Formats,
     current: dict[str, Tensor],
     saved: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """The saved states on the parameter's device and ranks, in the dtypes of the current ones.
+    """The saved states on the parameter's device and ranks, in the dtypes of the current ones. ``states``: what the
+    rule keeps here.
 
-    Another rank is welcome, and so are ranked states on the matrix's other side.
+    Another rank is welcome, and so are ranked states on the matrix's other side. What a rule keeps in some layouts only
+    starts afresh where it was not saved.
 
     Raises:
         ValueError: for states that are missing, or that have other shapes.
     """
-    usual = stored(fold, rule, Sides((), ()) if fold is None else Sides.of(fold, rule), (name, p, placed))
+    usual_sides = Sides((), ()) if fold is None else Sides.of(fold, rule)
+    usual = stored(fold, states, usual_sides, (name, p, placed))
+    extra = {key: kept for key, kept in usual.items() if kept.name not in rule.kept}
+    if extra.keys() - (saved.keys() & current.keys()):
+        fresh = initial(p, fold, usual_sides, placed, extra, formats, None, 0)
+        current, saved = {**fresh, **current}, {**fresh, **saved}
     if missing := usual.keys() - saved.keys():
         raise ValueError(
             f"the loaded state of {name} has no {', '.join(sorted(missing))} (it has {', '.join(saved)}); "
@@ -275,7 +284,7 @@ def fitted(
         except ValueError as e:
             raise ValueError(f"the loaded state of {name}: {e}") from None
         if all(r <= min(m, fold.cols) for r, m in zip(sides.ranks, fold.sizes, strict=True)):
-            layout = stored(fold, rule, sides, (name, p, placed))
+            layout = stored(fold, states, sides, (name, p, placed))
     result: dict[str, Any] = {k: v for k, v in saved.items() if k not in usual}
     for key, kept in layout.items():
         if tuple(new[key].shape) != tuple(kept.shape):

@@ -14,7 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..requests import ALONE, Average, CompressedMean, Factor, Gather, Group, Pack, Reduce, Request, Unpack, Whole
+from ..requests import (
+    ALONE,
+    Average,
+    AverageChanges,
+    CompressedMean,
+    Factor,
+    Gather,
+    Group,
+    Pack,
+    PackChange,
+    Reduce,
+    Request,
+    Unpack,
+    Whole,
+)
 from .traffic import Traffic, elements
 
 __all__ = ["Communicator", "Course", "Traffic"]
@@ -87,9 +101,10 @@ class Communicator:
     def compressed_mean(self, requests: list[CompressedMean], compute: Compute) -> Course:
         """All-to-all of packed rows to their owners, who average and pack again; all-gather of what they have."""
         group, like = requests[0].group, requests[0].tensor
-        packed = compute([Pack(q.tensor, q.bits) for q in requests])
-        sent = torch.cat([rows.reshape(-1) for rows in packed])
-        cuts = _row_cuts([(rows.shape[0], rows.shape[1]) for rows in packed], group.size)
+        found = compute([_compressed(q) for q in requests])
+        packed = [one if q.memory is None else one[0] for one, q in zip(found, requests, strict=True)]
+        cuts = [[even_cut(len(rows), group.size, rank) for rows in packed] for rank in range(group.size)]
+        sent = torch.cat([rows[a:b].reshape(-1) for cut in cuts for rows, (a, b) in zip(packed, cut, strict=True)])
         #: Bytes that each rank owns.
         sizes = [sum((b - a) * rows.shape[1] for (a, b), rows in zip(cut, packed, strict=True)) for cut in cuts]
         content, own = elements(requests), cuts[group.index]
@@ -104,19 +119,34 @@ class Communicator:
         for q, rows, (a, b) in zip(requests, packed, own, strict=True):
             width = (b - a) * rows.shape[1]
             part = every[:, first : first + width].reshape(group.size, b - a, rows.shape[1])
-            jobs.append(Average(part, q.tensor.shape[1], q.bits, like.dtype))
+            if q.memory is None:
+                jobs.append(Average(part, q.tensor.shape[1], q.bits, like.dtype))
+            else:
+                jobs.append(AverageChanges(part, q.tensor[a:b], q.memory[a:b], group.index, q.bits, q.fade))
             first += width
-        means = torch.cat([rows.reshape(-1) for rows in compute(jobs)])
+        owned = compute(jobs)
+        means = torch.cat(
+            [(one if q.memory is None else one[0]).reshape(-1) for one, q in zip(owned, requests, strict=True)]
+        )
 
         out = sent.new_empty(group.size * max(sizes))
         mine = _padded(means, max(sizes))
         self._count("all_gather", group, content, mine)
         yield self._all_gather(out, mine, group)
-        flat = torch.cat([part[:size] for part, size in zip(out.view(group.size, -1), sizes, strict=True)])
-        whole = _split(flat, [rows.shape for rows in packed])
-        return compute(
+        shares = [
+            _split(part, [torch.Size((b - a, rows.shape[1])) for rows, (a, b) in zip(packed, cut, strict=True)])
+            for part, cut in zip(out.view(group.size, -1), cuts, strict=True)
+        ]
+        whole = [torch.cat(rows) for rows in zip(*shares, strict=True)]
+        answers = compute(
             [Unpack(rows, q.tensor.shape[1], q.bits, like.dtype) for q, rows in zip(requests, whole, strict=True)]
         )
+        for k, (q, (a, b)) in enumerate(zip(requests, own, strict=True)):
+            if q.memory is not None:
+                memory = found[k][1]
+                memory[a:b] = owned[k][1]
+                answers[k] = answers[k], memory
+        return answers
 
     def factor(self, requests: list[Factor], compute: Compute) -> Course:
         """Reduce-scatter to each matrix's owner, the work there, all-gather; or all-reduce, and the work everywhere."""
@@ -237,18 +267,13 @@ class Communicator:
         self.traffic.add(collective, content)
 
 
-def _row_cuts(shapes: list[tuple[int, int]], ranks: int) -> list[list[tuple[int, int]]]:
-    """Of matrices of bytes one behind the other, the rows of each that begin in each rank's share of all bytes."""
-    total = sum(rows * width for rows, width in shapes)
-    cuts = []
-    for rank in range(ranks):
-        low, high, before, cut = total * rank // ranks, total * (rank + 1) // ranks, 0, []
-        for rows, width in shapes:
-            first, last = (min(max(-(-(edge - before) // max(width, 1)), 0), rows) for edge in (low, high))
-            cut.append((first, last))
-            before += rows * width
-        cuts.append(cut)
-    return cuts
+def even_cut(rows: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Which rows of a matrix a rank owns: as many as any other, or one more."""
+    return rows * rank // ranks, rows * (rank + 1) // ranks
+
+
+def _compressed(q: CompressedMean) -> Request:
+    return Pack(q.tensor, q.bits) if q.memory is None else PackChange(q.tensor, q.memory, q.bits, q.fade)
 
 
 def _here(q: Factor, a: Tensor) -> Factor:

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "average", "pack", "row_bytes", "unpack"]
+__all__ = ["BLOCK", "average", "average_changes", "pack", "pack_change", "row_bytes", "unpack"]
 
 #: Columns that share a scale at four bits.
 BLOCK = 64
@@ -78,3 +78,25 @@ def average(packed: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tens
     for one in packed[1:]:
         total = total + unpack(one, columns, bits, dtype)
     return pack(total / len(packed), bits)
+
+
+def pack_change(t: Tensor, memory: Tensor, bits: int, fade: float) -> tuple[Tensor, Tensor]:
+    """``(C(T − H) packed, fade·(H + C(T − H)))`` for T and H (m, n)."""
+    packed = pack(t - memory, bits)
+    return packed, (memory + unpack(packed, t.shape[1], bits, t.dtype)) * fade
+
+
+def average_changes(
+    packed: Tensor, t: Tensor, memory: Tensor, own: int, bits: int, fade: float
+) -> tuple[Tensor, Tensor]:
+    """``(C((T + (w − 1)·H')/w) packed, fade·H')``, where H' = H + the mean of the w − 1 other ranks' changes, summed in
+    their order: T is rank ``own``'s, and H what the mean of the others' was known to be.
+    """
+    others = [unpack(one, t.shape[1], bits, t.dtype) for k, one in enumerate(packed) if k != own]
+    if others:
+        total = others[0]
+        for one in others[1:]:
+            total = total + one
+        memory = memory + total / len(others)
+    mean = (t + len(others) * memory) / (len(others) + 1)
+    return pack(mean, bits), memory * fade

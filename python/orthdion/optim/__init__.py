@@ -6,12 +6,14 @@ from ..core.optimizer import MatrixOptimizer
 from .adamw import AdamW
 from .auon import AuON
 from .completed_dion import CompletedDion
+from .cosmos import COSMOS
 from .curvadion import CurvaDion
 from .dct_dion import DCTDion
 from .demo import DeMo
 from .dion import Dion
 from .dion2 import Dion2
 from .dion3 import Dion3
+from .frugal import FRUGAL
 from .lion import Lion
 from .mofasgd import MoFaSGD
 from .muon import Muon
@@ -23,6 +25,8 @@ from .sinkgd import SinkGD
 from .trasmuon import TrasMuon
 
 __all__ = [
+    "COSMOS",
+    "FRUGAL",
     "OPTIMIZERS",
     "RMNP",
     "AdamW",
@@ -59,6 +63,8 @@ OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {
     "trasmuon": TrasMuon,
     "numuon": NuMuon,
     "mofasgd": MoFaSGD,
+    "cosmos": COSMOS,
+    "frugal": FRUGAL,
     "rmnp": RMNP,
     "sinkgd": SinkGD,
     "auon": AuON,

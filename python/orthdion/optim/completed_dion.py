@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from ..core.adjust import adjusted
 from ..core.low_rank import (
     RightFactor,
@@ -20,7 +22,8 @@ from ..core.low_rank import (
 from ..core.optimizer import MatrixOptimizer
 from ..core.options import choice, flag, number, option
 from ..core.registry import register
-from ..core.residuals import exact_residual, sent_residual
+from ..core.residuals import MEMORY, exact_residual, sent_residual
+from ..core.rule import States, StateSpec
 from ..requests import Body, Layout, LowRank, LowRankUpdate, Matrix, Outcome, Product, Reduce, Report
 from .dion import DionRule
 
@@ -69,8 +72,9 @@ class CompletedDionRule(DionRule):
     residual_bits: Any = option(
         None,
         _check_bits,
-        "Bits an entry that the residual travels in where only factors are averaged (``replicate_mesh``): 4 or 1. "
-        "None: not at all, so that there gradients must be.",
+        "Bits an entry that the residual travels in where only factors are averaged (``replicate_mesh``): 4, or 1 and "
+        "a state as large as the momentum. None: not at all, so that there gradients must be.",
+        structural=True,
     )
 
     @classmethod
@@ -85,6 +89,11 @@ class CompletedDionRule(DionRule):
         """By ``adjust_lr``; r singular values of the direction are 1, the others have a root mean square of c."""
         spare = min(fan_out, fan_in) - rank
         return adjusted(self.adjust_lr, fan_out, fan_in, rank + self.residual_scale**2 * spare)
+
+    def kept_in(self, at: Layout) -> States:
+        """At one bit replicas remember what they have sent of the residual."""
+        remembers = at.compressed and self.residual_bits == 1
+        return {**self.kept, MEMORY: StateSpec(apart=True)} if remembers else self.kept
 
     def unsupported(self, at: Layout) -> str | None:
         """Where only factors are averaged, nobody has the averaged residual."""
@@ -128,9 +137,9 @@ class CompletedDionRule(DionRule):
             else:
                 fed = yield from right_of(w, ahead, left.p)
         found = yield from figures(w, left.b, r, v, null)
-        wanted = self.residual, self.residual_scale
+        wanted, states = (self.residual, self.residual_scale), dict[str, Tensor]()
         if kept:
-            residual = yield from sent_residual(w, left, r, mine, *wanted, self.residual_bits)
+            residual, states = yield from sent_residual(w, left, r, mine, *wanted, self.residual_bits, a)
         else:
             residual = yield from exact_residual(w, left, r, *wanted)
         q = yield from next_q(w, left, self.right_factor, v, null)
@@ -148,6 +157,7 @@ class CompletedDionRule(DionRule):
             residual=residual,
             null=null,
             figures=found,
+            states=states,
         )
         return done
 

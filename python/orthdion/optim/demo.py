@@ -32,7 +32,7 @@ class DeMoRule(Rule):
     paper: ClassVar[str] = "arXiv 2411.19870"
     flops: ClassVar[str] = "4·chunk·mn"
     sent: ClassVar[str] = "mn (replicas: 1.5·k·mn/chunk²)"
-    states: ClassVar[States] = {"momentum": StateSpec()}
+    states: ClassVar[States] = {"momentum": StateSpec(apart=True)}
     checks_gradient: ClassVar[bool] = True
     averages_factors: ClassVar[bool] = True
 

@@ -39,7 +39,10 @@ class DionRule(Rule):
     advised: ClassVar[Any] = "low rank"
     flops: ClassVar[str] = "8mnr"
     sent: ClassVar[str] = "(m+n)·r"
-    states: ClassVar[States] = {"momentum": StateSpec(), "Q": StateSpec(("cols", "rank"), start="orthonormal")}
+    states: ClassVar[States] = {
+        "momentum": StateSpec(apart=True),
+        "Q": StateSpec(("cols", "rank"), start="orthonormal"),
+    }
     tall: ClassVar[bool] = True
     checks_gradient: ClassVar[bool] = True
     averages_factors: ClassVar[bool] = True

@@ -9,10 +9,10 @@ from typing import Any
 from ..create import OptimizerInfo, list_optimizers, rule_of
 from ..optim import OPTIMIZERS
 from .layouts import GridGroups, Layout, Spread, spread
-from .models import Model, Weight, model_of
+from .models import Weight, model_of
 from .planner import count
 
-__all__ = ["BLOCK", "RANKS", "Row", "catalogue"]
+__all__ = ["BLOCK", "RANKS", "Row", "catalogue", "counted"]
 
 #: The matrices of a GPT block, and over how many ranks they are spread.
 BLOCK, RANKS = [(768, 768)] * 4 + [(3072, 768), (768, 3072)], 8
@@ -39,15 +39,19 @@ class Row:
     replicas: float | None
 
 
-def catalogue(names: Sequence[str] | None = None) -> list[Row]:
-    """The rows of registered optimizers; None: of this library's."""
+def catalogue(names: Sequence[str] = tuple(OPTIMIZERS)) -> list[Row]:
+    """The rows of registered optimizers; if left out, of this library's."""
     known = {info.name: info for info in list_optimizers()}
-    model = model_of(BLOCK)
-    return [_row(known[name], model) for name in (OPTIMIZERS if names is None else names)]
+    return [counted(known[name]) for name in names]
 
 
-def _row(info: OptimizerInfo, model: Model) -> Row:
-    rule = rule_of(info.name)
+def counted(info: OptimizerInfo) -> Row:
+    """The row of one.
+
+    Raises:
+        ValueError: for a rule that cannot be counted.
+    """
+    rule, model = rule_of(info.name), model_of(BLOCK)
     options: dict[str, Any] = {"rank_fraction": _RANK_FRACTION} if hasattr(rule, "rank_fraction") else {}
     weights = model.numel
 

@@ -18,6 +18,7 @@ from ..numerics import bits
 from ..requests import (
     ALONE,
     Average,
+    AverageChanges,
     Blend,
     Columns,
     CompressedMean,
@@ -31,6 +32,7 @@ from ..requests import (
     NewtonSchulz,
     Norms,
     Pack,
+    PackChange,
     Polar,
     Precision,
     Product,
@@ -293,8 +295,24 @@ def _average(q: Average, fused: bool) -> Answered:
     return Answered(_pass((2 * w + 2) * m * q.columns, q.packed, out), out)
 
 
+def _pack_change(q: PackChange, fused: bool) -> Answered:
+    out = _packed(q.tensor, q.tensor.shape[0], q.tensor.shape[1], q.bits, q.tensor.dtype)
+    memory = torch.empty_like(q.tensor)
+    return Answered(_pass(5 * q.tensor.numel(), q.tensor, q.memory, out, memory), (out, memory))
+
+
+def _average_changes(q: AverageChanges, fused: bool) -> Answered:
+    w, (m, n) = q.packed.shape[0], q.tensor.shape
+    out, memory = _packed(q.packed, m, n, q.bits, q.tensor.dtype), torch.empty_like(q.tensor)
+    return Answered(_pass((2 * w + 5) * m * n, q.packed, q.tensor, q.memory, out, memory), (out, memory))
+
+
 def _compressed_mean(q: CompressedMean, fused: bool) -> Answered:
-    """Of a rank that is alone: packed, averaged with itself, unpacked."""
+    """Of a rank that is alone: packed, averaged with itself or with a memory not, unpacked."""
+    if q.memory is not None:
+        alone = _pack(Pack(q.tensor, q.bits), fused)
+        back = _unpack(Unpack(alone.answer, q.tensor.shape[1], q.bits, q.tensor.dtype), fused)
+        return Answered(alone.costs + back.costs, (back.answer, torch.empty_like(q.memory)))
     sent = _pack(Pack(q.tensor, q.bits), fused)
     mean = _average(Average(sent.answer[None], q.tensor.shape[1], q.bits, q.tensor.dtype), fused)
     back = _unpack(Unpack(mean.answer, q.tensor.shape[1], q.bits, q.tensor.dtype), fused)
@@ -309,6 +327,7 @@ def _map(q: Map, fused: bool) -> Answered:
 #: The table. ``fused``: the request is a part of a step that the backend has in one piece.
 COSTS: dict[type[Request], Callable[[Any, bool], Answered]] = {
     Average: _average,
+    AverageChanges: _average_changes,
     Columns: _columns,
     CompressedMean: _compressed_mean,
     Direction: _direction,
@@ -321,6 +340,7 @@ COSTS: dict[type[Request], Callable[[Any, bool], Answered]] = {
     NewtonSchulz: _newton_schulz,
     Norms: _norms,
     Pack: _pack,
+    PackChange: _pack_change,
     Polar: _polar,
     Product: _back,
     ResidualMatrix: _residual_matrix,

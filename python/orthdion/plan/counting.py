@@ -150,7 +150,20 @@ def traced(body: Body[Any], fused: bool) -> Trace:
     """Runs a body to its end, and keeps what it asks of other ranks; what it asks of its own is counted.
 
     ``fused``: a backend has this step in one piece.
+
+    Raises:
+        ValueError: for a body that cannot run on tensors without numbers, or that makes a request of unknown cost.
     """
+    try:
+        return _traced(body, fused)
+    except (RuntimeError, NotImplementedError) as e:
+        raise ValueError(
+            f"its step cannot be counted: on tensors of the device 'meta', which hold no numbers, it raises {e} "
+            "Tensors that a step makes need the device of the matrix, as in torch.arange(n, device=w.gradient.device)"
+        ) from e
+
+
+def _traced(body: Body[Any], fused: bool) -> Trace:
     trace = Trace()
     counter = Counted(trace.work, fused)
     answers: Any = None
@@ -180,9 +193,9 @@ def _from_others(q: Any) -> Any:
     """The shape of what other ranks answer; what that costs is counted where it is asked."""
     if isinstance(q, Gather):
         return q.tensor.new_empty(q.group.size, *q.tensor.shape)
-    if isinstance(q, Factor):
+    if isinstance(q, (Factor, CompressedMean)):
         return cost_of(q).answer
-    if isinstance(q, (Reduce, Whole, CompressedMean)):
+    if isinstance(q, (Reduce, Whole)):
         return torch.empty_like(q.tensor)
     raise NotImplementedError(
         f"nobody has said what shape other ranks' answer to {type(q).__name__} has, so no rule that makes it can be "

@@ -146,7 +146,7 @@ class _Planner:
     def stored(self, part: _Part, name: str) -> dict[str, Stored]:
         """Its states over all ranks."""
         lies = None if part.placed.mesh is None else (name, part.entry.p, part.placed)
-        return stored(part.entry.fold, part.rule, part.sides, lies)
+        return stored(part.entry.fold, part.rule.kept_in(part.at), part.sides, lies)
 
     def bytes_of_states(self, part: _Part, name: str) -> int:
         """Of what the rank keeps."""
@@ -188,14 +188,15 @@ class _Planner:
         lengths = {"rows": bottom - top, "cols": right - left, "rank": r}
         lengths["out"] = lengths["cols" if flip else "rows"]
         state = {
-            name: self._state(part, name, tuple(lengths[a] for a in spec.axes)) for name, spec in part.rule.kept.items()
+            name: self._state(part, name, tuple(lengths[a] for a in spec.axes))
+            for name, spec in part.rule.kept_in(part.at).items()
         }
         at = part.at.transposed if flip else part.at
         shape, here = (n, m) if flip else (m, n), (bottom - top, right - left)
         return self._made(part, here, state, shape, (m, n), part.rule.scale(m, n, r), at, precision, lambda: extents)
 
     def _state(self, part: _Part, name: str, shape: tuple[int, ...]) -> Tensor:
-        dtype = self.optimizer._formats.of(part.rule.kept[name], part.entry.p)
+        dtype = self.optimizer._formats.of(part.rule.kept_in(part.at)[name], part.entry.p)
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def _made(

@@ -10,6 +10,7 @@ from .groups import ALONE, Group, Layout
 from .matrix import Blend, Deferred, Draws, Extent, Matrix, Noise, Outcome, Precision, Report, Rounding
 from .requests import (
     Average,
+    AverageChanges,
     Body,
     Columns,
     CompressedMean,
@@ -24,6 +25,7 @@ from .requests import (
     NewtonSchulz,
     Norms,
     Pack,
+    PackChange,
     Polar,
     Product,
     Reduce,
@@ -44,6 +46,7 @@ from .requests import (
 __all__ = [
     "ALONE",
     "Average",
+    "AverageChanges",
     "Blend",
     "Body",
     "Columns",
@@ -70,6 +73,7 @@ __all__ = [
     "Norms",
     "Outcome",
     "Pack",
+    "PackChange",
     "Polar",
     "Precision",
     "Product",

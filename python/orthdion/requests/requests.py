@@ -19,6 +19,7 @@ from .matrix import Blend, Matrix, Precision, Report
 
 __all__ = [
     "Average",
+    "AverageChanges",
     "Body",
     "Columns",
     "CompressedMean",
@@ -33,6 +34,7 @@ __all__ = [
     "NewtonSchulz",
     "Norms",
     "Pack",
+    "PackChange",
     "Polar",
     "Product",
     "Reduce",
@@ -170,6 +172,11 @@ class CompressedMean(Request):
 
     C leaves one bit or four of an entry (:mod:`orthdion.numerics.bits`). What is sent is packed: parts go to their
     owners, whose means come back.
+
+    With a ``memory`` H (m, n) ranks send C(T − H), by what T differs from what they are known to have, and the answer
+    is ``(mean, H')``. H is a rank's own where others own the rows, and the mean of all others' in the rows that it
+    owns, where it has its own T: so the mean over ranks of the H is that of what all of them remember. From one step to
+    the next it fades by ``fade``.
     """
 
     over: ClassVar[str | None] = "group"
@@ -177,6 +184,8 @@ class CompressedMean(Request):
     group: Group
     bits: Literal[1, 4]
     what: str
+    memory: Tensor | None = None
+    fade: float = 1.0
 
 
 # ---------------------------------------------------------------- of plain tensors
@@ -208,6 +217,31 @@ class Average(Request):
     columns: int
     bits: Literal[1, 4]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class PackChange(Request):
+    """``(C(T − H) packed, fade·(H + C(T − H)))`` for T (``tensor``) and H (``memory``), (m, n)."""
+
+    tensor: Tensor
+    memory: Tensor
+    bits: Literal[1, 4]
+    fade: float
+
+
+@dataclass(frozen=True, eq=False)
+class AverageChanges(Request):
+    """``(C(mean) packed, fade·H')`` of w ranks' rows: this one's T (``tensor``, (m, n)), and all others', of which H
+    (``memory``) is the mean that was known before, and H' = H + the mean of their changes, ``packed`` (w, m, k).
+    ``own`` is this rank's number, whose change is not read.
+    """
+
+    packed: Tensor
+    tensor: Tensor
+    memory: Tensor
+    own: int
+    bits: Literal[1, 4]
+    fade: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,7 @@
-"""Checkpoints of a run over several processes (torch.distributed.checkpoint): any number of them may continue it."""
+"""Checkpoints of a run over several processes (torch.distributed.checkpoint): any number of them may continue it.
+
+That module takes longer to import than most of torch, so it is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from ..distributed import is_dtensor, place
@@ -28,6 +23,9 @@ __all__ = ["load", "load_meta", "load_whole", "save"]
 
 def save(out: Path, meta: dict[str, Any], model: nn.Module, optimizers: list[Optimizer]) -> None:
     """Saves into a folder of its own, and only then names it the latest: a kill leaves the one before."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
     folder = out / f"checkpoint-{meta['step']}"
     weights, states = get_state_dict(model, optimizers)
     dcp_save({"model": weights, "optimizers": states}, checkpoint_id=str(folder))
@@ -56,6 +54,8 @@ def load_meta(out: Path) -> dict[str, Any]:
 
 def load_whole(state: dict[str, Any], model: nn.Module, optimizers: list[Optimizer]) -> None:
     """Loads a checkpoint of one process (:mod:`.checkpoint`) into a model that lies over several."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
     set_model_state_dict(model, state["model"], options=StateDictOptions(full_state_dict=True))
     for o, s in zip(optimizers, state["optimizers"], strict=True):
         o.load_state_dict(s)
@@ -68,6 +68,9 @@ def load_whole(state: dict[str, Any], model: nn.Module, optimizers: list[Optimiz
 
 def load(out: Path, meta: dict[str, Any], model: nn.Module, optimizers: list[Optimizer]) -> None:
     """Loads the latest checkpoint, into whatever layout the model has now."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
     weights, states = get_state_dict(model, optimizers)
     whole: dict[str, Any] = {"model": weights, "optimizers": states}
     dcp_load(whole, checkpoint_id=str(out / meta["folder"]))

@@ -272,6 +272,8 @@ class CupyBackend(TorchBackend):
         residual = (alphas, columns, rows, draws)
         passes.update(Write(p, v, r, fed, rates, first.scale, first.feedback, w.cautious, skip, *residual))
         passes.keep(batch([q.q for q in qs]).float(), [q.b.w.state["Q"] for q in qs], skip)
+        for q in qs:
+            self._keep(q.b.w, q.states)
         written = [t for q in qs for t in (q.b.w.x, q.b.m, q.b.w.state["Q"])]
         torch.autograd.graph.increment_version(written)
         nulls = batch([q.null for q in qs]).sum(1).unbind(0)

@@ -14,6 +14,9 @@ use crate::scalar::Real;
 use crate::scratch::Scratch;
 use std::marker::PhantomData;
 
+mod changes;
+pub use changes::{Changes, average_changes, pack_changes};
+
 /// Columns that share a scale at four bits.
 pub const BLOCK: usize = 64;
 const LEVELS: f64 = 7.0;
@@ -385,83 +388,4 @@ fn largest<T: Real>(block: &[T; BLOCK]) -> T {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::gemm::tests::noise;
-
-    fn round<T: Coded>(
-        bits: Bits,
-        rows: usize,
-        columns: usize,
-        data: &[T],
-        threads: usize,
-    ) -> (Vec<u8>, Vec<T>) {
-        let (cx, format) = (Context::new(threads), Format { rows, columns, bits });
-        let mut packed = vec![7u8; rows * bits.row_bytes::<T>(columns)];
-        pack(cx, vec![(format, data, &mut packed[..])]).unwrap();
-        let mut back = vec![T::of(7.0); rows * columns];
-        unpack(cx, vec![(format, &packed[..], &mut back[..])]).unwrap();
-        (packed, back)
-    }
-
-    #[test]
-    fn entries_come_back_within_half_a_step_or_with_their_sign() {
-        for (rows, columns) in [(1, 1), (3, 7), (5, 64), (2, 65), (40, 200), (300, 130), (0, 5), (4, 0)] {
-            let data: Vec<f64> = noise(3, rows * columns);
-            let (_, four) = round(Bits::Four, rows, columns, &data, 2);
-            let (_, one) = round(Bits::One, rows, columns, &data, 2);
-            for i in 0..rows {
-                let row = &data[i * columns..(i + 1) * columns];
-                let mean = row.iter().map(|x| x.abs()).sum::<f64>() / columns as f64;
-                for (j, x) in row.iter().enumerate() {
-                    let from = j / BLOCK * BLOCK;
-                    let block = &row[from..columns.min(from + BLOCK)];
-                    let step = block.iter().fold(0.0f64, |m, x| m.max(x.abs())) / LEVELS;
-                    assert!((four[i * columns + j] - x).abs() <= 0.5001 * step);
-                    let sign = if *x < 0.0 { -1.0 } else { 1.0 };
-                    assert!((one[i * columns + j] - sign * mean).abs() <= 1e-14 * mean);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn zeros_stay_zeros_and_the_bytes_are_those_of_one_thread() {
-        for bits in [Bits::One, Bits::Four] {
-            let (_, back) = round(bits, 3, 70, &[0.0f32; 210], 2);
-            assert_eq!(back, [0.0f32; 210]);
-            let data: Vec<f32> = noise(5, 700 * 90).into_iter().map(|x: f64| x as f32).collect();
-            assert_eq!(round(bits, 700, 90, &data, 1), round(bits, 700, 90, &data, 3));
-        }
-    }
-
-    #[test]
-    fn a_mean_is_packed_from_what_the_ranks_packed() {
-        let (rows, columns, ranks) = (30, 130, 3);
-        for bits in [Bits::One, Bits::Four] {
-            let format = Format { rows, columns, bits };
-            let each: Vec<_> =
-                (0..ranks).map(|k| round(bits, rows, columns, &noise(k as u64, rows * columns), 2)).collect();
-            let all: Vec<u8> = each.iter().flat_map(|(bytes, _)| bytes.clone()).collect();
-            let mut mean = vec![0u8; all.len() / ranks];
-            average::<f64>(Context::new(2), vec![(format, ranks, &all[..], &mut mean[..])]).unwrap();
-            let exact: Vec<f64> =
-                (0..rows * columns).map(|i| (each[0].1[i] + each[1].1[i] + each[2].1[i]) / 3.0).collect();
-            assert_eq!(mean, round(bits, rows, columns, &exact, 1).0);
-        }
-    }
-
-    #[test]
-    fn what_does_not_fit_is_refused() {
-        let cx = Context::new(1);
-        let format = Format { rows: 2, columns: 5, bits: Bits::Four };
-        let mut bytes = vec![0u8; 2 * Bits::Four.row_bytes::<f32>(5)];
-        assert!(pack(cx, vec![(format, &[0.0f32; 9][..], &mut bytes[..])]).is_err());
-        assert!(pack(cx, vec![(format, &[0.0f32; 10][..], &mut bytes[1..])]).is_err());
-        assert!(unpack(cx, vec![(format, &bytes[1..], &mut [0.0f32; 10][..])]).is_err());
-        let all = bytes.clone();
-        assert!(average::<f32>(cx, vec![(format, 2, &all[..], &mut bytes[..])]).is_err());
-        assert!(average::<f32>(cx, vec![(format, 0, &all[..0], &mut bytes[..])]).is_err());
-        assert!(Bits::of(2).is_err());
-    }
-}
+mod tests;
