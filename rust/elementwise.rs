@@ -42,6 +42,8 @@ pub struct Settings {
     pub beta2: f64,
     /// Ascend instead of descend.
     pub maximize: bool,
+    /// AdamW's alone: what rounding X loses goes into m, `m ← m − (1/β₁ − 1)·(x̃ − x)·c₁(sqrt(v/c₂) + ε)/η`.
+    pub compensate: bool,
 }
 
 /// One tensor as a matrix view (a vector is one row) and its state; `v` is AdamW's alone.
@@ -194,6 +196,7 @@ impl<T: Real> Kernel for Update<'_, '_, T> {
         let Update { piece, t, s, .. } = self;
         let (mut x, mut g) = ([T::default(); CHUNK], [T::default(); CHUNK]);
         let (mut m, mut v) = ([T::default(); CHUNK], [T::default(); CHUNK]);
+        let mut gain = [T::default(); CHUNK];
         let (b1, b2) = (T::of(s.beta1), T::of(s.beta2));
         let (c1, c2) = (T::of(1.0 - s.beta1), T::of(1.0 - s.beta2));
         let (lr, decay) = (T::of(s.lr), T::of(1.0 - s.lr * s.weight_decay));
@@ -226,7 +229,20 @@ impl<T: Real> Kernel for Update<'_, '_, T> {
                         m[i] = b1 * m[i] + c1 * g[i];
                         let next = b2 * v[i] + c2 * (g[i] * g[i]);
                         v[i] = if next > most { most } else { next }; // an infinite variance would stay so for ever
-                        x[i] = kept(x[i], m[i]) - step * m[i] / (v[i].sqrt() * root + eps);
+                        let below = v[i].sqrt() * root + eps;
+                        x[i] = kept(x[i], m[i]) - step * m[i] / below;
+                        gain[i] = below;
+                    }
+                    if s.compensate && s.lr > 0.0 && s.beta1 > 0.0 {
+                        let share = T::of((1.0 / s.beta1 - 1.0) * correction1 / s.lr);
+                        // SAFETY: as above; what has been written is read again as it was rounded.
+                        unsafe {
+                            piece.line(t.x.raw(), at).write(x.as_ptr(), len);
+                            piece.line(t.x.raw(), at).scaled(g.as_mut_ptr(), len, one);
+                        }
+                        for i in 0..len {
+                            m[i] = m[i] - share * gain[i] * (x[i] - g[i]);
+                        }
                     }
                     // SAFETY: as above.
                     unsafe { piece.line(var.raw(), at).write(v.as_ptr(), len) };
@@ -275,6 +291,7 @@ mod tests {
                         beta1: 0.8,
                         beta2: 0.9,
                         maximize: false,
+                        compensate: false,
                     };
                     let shape = (rows, cols);
                     let tensor = Tensor {
@@ -321,6 +338,7 @@ mod tests {
             beta1: 0.9,
             beta2: 0.9,
             maximize: false,
+            compensate: false,
         };
         let mut tensors: Vec<_> = x
             .iter_mut()

@@ -33,14 +33,14 @@ impl Draws {
     }
 
     /// Of the view from row `i` on.
-    pub(crate) fn from_row(self, i: usize) -> Self {
+    pub(crate) fn at_row(self, i: usize) -> Self {
         Draws { at: self.at.wrapping_add(self.row.wrapping_mul(i as u64)), ..self }
     }
 
     /// The counters from `(i, j)` down the column, and their distance.
     #[inline(always)]
     pub(crate) fn down(self, i: usize, j: usize) -> (u64, u64) {
-        (self.from_row(i).t().from_row(j).at, self.row)
+        (self.at_row(i).t().at_row(j).at, self.row)
     }
 }
 

@@ -105,7 +105,7 @@ impl<'a> Mat<'a> {
     /// Rows `range` of the view.
     pub fn row_range(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.rows, "row range inside the view");
-        let (ptr, draws) = (self.at(range.start, 0), self.draws.map(|d| d.from_row(range.start)));
+        let (ptr, draws) = (self.at(range.start, 0), self.draws.map(|d| d.at_row(range.start)));
         Mat { ptr, rows: range.len(), draws, ..self }
     }
 

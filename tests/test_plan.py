@@ -6,6 +6,7 @@ That it sends what real processes send, to the byte, is asserted where they run 
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from orthdion.requests import (
     Blend,
     Columns,
     CompressedMean,
+    Direction,
     Energies,
     Factor,
     Gather,
@@ -36,6 +38,7 @@ from orthdion.requests import (
     MatMul,
     Matrix,
     NewtonSchulz,
+    Norms,
     Pack,
     PackChange,
     Polar,
@@ -43,6 +46,7 @@ from orthdion.requests import (
     Product,
     Reduce,
     Request,
+    Residual,
     ResidualMatrix,
     ResidualSums,
     Settle,
@@ -77,6 +81,7 @@ def requests():
     t = randn(m, n, seed=9)
     packed = get("torch").answer([Pack(t, 4)])[0]
     gram = (p.double().T @ p.double()) + torch.eye(r)
+    update = LowRankUpdate(b, p, v, v, v, q, 0.1, 0.1, 1.0, (1.0, 0.9), None, null)
     return [
         Average(packed[None], n, 4, torch.float32),
         AverageChanges(torch.stack([packed, packed]), t, t, 1, 4, 0.9),
@@ -86,10 +91,14 @@ def requests():
         Energies(b),
         Factor(randn(n, r), "polar", 1e-6, ALONE, "R"),
         Gram(p),
-        LowRankUpdate(b, p, v, v, v, q, 0.1, 0.1, 1.0, (1.0, 0.9), None, null),
+        Direction(update),
+        Direction(replace(update, residual=Residual(alpha=torch.ones((), dtype=torch.float64)))),
+        update,
+        replace(update, direction=t),
         Map(torch.mul, (t, t)),
         MatMul(t, q, precision),
         NewtonSchulz(t, ((3.0, -4.0, 2.0),), precision),
+        Norms(x, t),
         Pack(t, 1),
         PackChange(t, t, 1, 0.9),
         Polar(t, 1e-6),

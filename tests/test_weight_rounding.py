@@ -177,11 +177,74 @@ def test_small_steps_stall_to_nearest_and_go_on_by_draws(name, lr):
     assert abs(by_draws - single) < 0.05 and single < stalled - 0.1 and stalled > 0.85
 
 
+@pytest.mark.parametrize("backend", ["rust", "torch"])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_eco_puts_what_rounding_loses_into_adamws_momentum(backend, dtype):
+    """arXiv 2601.22101: m += (1 − 1/β₁)·e/η, e seen through Adam's denominator. The draws are not looked at."""
+    p = parameter(randn(30, 20, dtype=dtype))
+    options = {"weight_decay": 0.2, "betas": (0.8, 0.9), "momentum_dtype": torch.float32, "backend": backend}
+    o = orthdion.AdamW([p], lr=0.01, weight_rounding="eco", **options)
+    m, v = torch.zeros(30, 20).double(), torch.zeros(30, 20).double()
+    for t in range(1, 5):
+        x, g = p.detach().double().clone(), randn(30, 20, seed=t, dtype=dtype)
+        p.grad = g
+        o.step()
+        m, v = 0.8 * m + 0.2 * g.double(), 0.9 * v + 0.1 * g.double() ** 2
+        below = (v / (1 - 0.9**t)).sqrt() + 1e-8
+        exact = (1 - 0.01 * 0.2) * x - 0.01 * m / (1 - 0.8**t) / below
+        lost = exact - p.detach().double()
+        assert lost.abs().max() > 1e-4
+        m = m + (1 - 1 / 0.8) / 0.01 * lost * (1 - 0.8**t) * below
+        # Single precision's error of X̃ comes in multiplied by 25 as well.
+        assert (o.state[p]["momentum"] - m).abs().max() < 1e-4
+        m = o.state[p]["momentum"].double().clone()
+        assert torch.allclose(o.state[p]["variance"].double(), v, rtol=1e-5)
+
+
+def test_eco_ends_nearer_to_single_precision_than_draws_alone():
+    goal, ends = 1.0 + 0.1 * randn(48, 32, seed=3), {}
+    for rounding, dtype in (("nearest", torch.float32), ("stochastic", torch.bfloat16), ("eco", torch.bfloat16)):
+        p = parameter(torch.full((48, 32), 1.5, dtype=dtype))
+        o = orthdion.AdamW([p], lr=0.001, weight_decay=0.0, weight_rounding=rounding)
+        for k in range(600):
+            p.grad = (p.detach().float() - goal + 0.1 * randn(48, 32, seed=k)).to(dtype)
+            o.step()
+        ends[rounding] = p.detach().float()
+    single, by_draws, eco = ends.values()
+    assert (eco - single).norm() < 0.8 * (by_draws - single).norm()
+    assert (eco - goal).norm() < (by_draws - goal).norm()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_eco_in_one_piece_and_by_its_body_is_the_same_and_single_precision_loses_nothing(dtype):
+    ours, a = trained("adamw", dtype=dtype, backend="rust", weight_rounding="eco")
+    theirs, b = trained("adamw", dtype=dtype, backend="torch", weight_rounding="eco")
+    _, c = trained("adamw", dtype=dtype, backend="torch")
+    assert share(ours, theirs) < 0.03
+    moved = [torch.cat([o.state[p]["momentum"].float().flatten() for p in o.state]) for o in (a, b, c)]
+    assert (moved[0] - moved[1]).norm() < 0.1 * (moved[1] - moved[2]).norm()
+    for name in ("eco", "nearest"):
+        single, _ = trained("adamw", dtype=torch.float32, weight_rounding=name, backend="torch")
+        other, _ = trained("adamw", dtype=torch.float32, weight_rounding="stochastic", backend="torch")
+        assert all(torch.equal(x, y) for x, y in zip(single, other, strict=True))
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "adamw"])
+def test_eco_is_refused_by_name_where_steps_are_of_one_size(name):
+    with pytest.raises(ValueError, match="whatever the momentum's; use 'stochastic', and 'eco' in groups of adamw"):
+        orthdion.create(name, [parameter(randn(8, 6))], weight_rounding="eco")
+    groups = [{"params": [parameter(randn(8, 6))]}, {"params": [parameter(randn(8))], "algorithm": "adamw"}]
+    groups[1]["weight_rounding"] = "eco"
+    assert orthdion.create(name, groups, weight_rounding="stochastic").param_groups[1]["weight_rounding"] == "eco"
+
+
 def test_what_cannot_draw_says_so(monkeypatch):
     x = randn(6, 4, dtype=torch.bfloat16)
     state = orthdion.functional.init("muon", x)
     with pytest.raises(ValueError, match="single steps do not know"):
         orthdion.functional.step("muon", x, x.clone(), state, weight_rounding="stochastic")
+    with pytest.raises(ValueError, match="beta1 is 0"):
+        orthdion.AdamW([parameter(x)], weight_rounding="eco", betas=(0.0, 0.9))
     with pytest.raises(ValueError, match="weight_rounding must be one of"):
         orthdion.Muon([parameter(x)], weight_rounding="up")
     o = orthdion.CurvaDion([parameter(x, randn(6, 4, dtype=torch.bfloat16))], weight_rounding="stochastic")

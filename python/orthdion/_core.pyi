@@ -53,11 +53,14 @@ class ElementwiseOptions(Protocol):
     def epsilon(self) -> float: ...
     @property
     def maximize(self) -> bool: ...
+    @property
+    def compensate(self) -> bool: ...
 
 def lowrank_step(
     table: NDArray[np.int64],
     options: Sequence[LowRankOptions],
     scales: NDArray[np.float64],
+    rounding: NDArray[np.int64],
     reports: NDArray[np.float64],
     double: bool,
     threads: int,
@@ -66,6 +69,7 @@ def elementwise_step(
     table: NDArray[np.int64],
     options: Sequence[ElementwiseOptions],
     steps: NDArray[np.float64],
+    rounding: NDArray[np.int64],
     skipped: NDArray[np.bool_],
     double: bool,
     threads: int,
@@ -106,6 +110,7 @@ def writes(
     numbers: NDArray[np.float64],
     residual: Literal["share", "given", "scaled", "missed"],
     scales: NDArray[np.float64],
+    rounding: NDArray[np.int64],
     double: bool,
     threads: int,
 ) -> None: ...
@@ -143,6 +148,7 @@ def average(
     double: bool,
     threads: int,
 ) -> None: ...
+def rounded(table: NDArray[np.int64], rounding: NDArray[np.int64], threads: int) -> None: ...
 def pack_change(
     matrix: NDArray[np.floating],
     known: NDArray[np.floating],

@@ -140,6 +140,7 @@ pub(super) struct ElementwiseOptions {
     beta2: f64,
     epsilon: f64,
     maximize: bool,
+    compensate: bool,
 }
 
 impl ElementwiseOptions {
@@ -173,8 +174,8 @@ impl ElementwiseOptions {
         } else {
             return Err(bad(format!("steps must be counted from 1, but one is {t}")));
         };
-        let &ElementwiseOptions { lr, weight_decay, cautious, beta1, beta2, maximize, .. } = self;
-        Ok(Settings { rule, lr, weight_decay, cautious, beta1, beta2, maximize })
+        let &ElementwiseOptions { lr, weight_decay, cautious, beta1, beta2, maximize, compensate, .. } = self;
+        Ok(Settings { rule, lr, weight_decay, cautious, beta1, beta2, maximize, compensate })
     }
 }
 

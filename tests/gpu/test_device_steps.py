@@ -118,15 +118,22 @@ def test_weights_are_rounded_by_the_draws_of_plain_torch(shim, residual, dtype):
     found = []
     for backend in ("cupy", "torch"):
         o, params = run(backend, [(70, 40), (40, 150), (17, 17)], 3, dtype=dtype, **options)
-        for algorithm, shape in (("adamw", (5000,)), ("lion", (40, 30))):
+        for algorithm, shape, how in (
+            ("adamw", (5000,), "stochastic"),
+            ("lion", (40, 30), "stochastic"),
+            ("adamw", (70, 9), "eco"),
+        ):
             p = parameter(randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype))
-            o.add_param_group({"params": [p], "algorithm": algorithm, "weight_rounding": "stochastic"})
+            o.add_param_group({"params": [p], "algorithm": algorithm, "weight_rounding": how})
             params.append(p)
+        o.step()
         o.step()
         found.append((o, params))
     (_, ours), (_, theirs) = found
     differ = [float((p != q).float().mean()) for p, q in zip(ours, theirs, strict=True)]
     assert max(differ) < 0.04, differ
+    ours, theirs = (o.state[params[-1]]["momentum"].float() for o, params in found)
+    assert (ours - theirs).norm() < 0.01 * theirs.norm()  # what eco lost and put there is some ten times as much
 
 
 FORMATS = pairwise(

@@ -305,31 +305,38 @@ class TorchBackend:
 
     def update(self, q: Update) -> Any:
         """X and states."""
-        self._descend(q.w, q.direction, q.lr, q.weight_decay, q.scale)
-        self._keep(q.w, q.states)
+        exact, states = self._descend(q.w, q.direction, q.lr, q.weight_decay, q.scale), q.states
+        if exact is not None and q.error is not None:
+            lost = exact - q.w.x.to(exact.dtype)
+            states = {**states, "momentum": states["momentum"] + q.error * lost}
+        self._keep(q.w, states)
         return q.w.outcome()
 
-    def _descend(self, w: Matrix, d: Tensor, lr: Any, weight_decay: Any, scale: float) -> None:
-        """``X ← (1 − ηλ)X − η·scale·D``; with care, λ is 0 where D's sign is not X's."""
+    def _descend(self, w: Matrix, d: Tensor, lr: Any, weight_decay: Any, scale: float) -> Tensor | None:
+        """``X ← (1 − ηλ)X − η·scale·D``; with care, λ is 0 where D's sign is not X's. Of what is rounded by draws, what
+        it was before.
+        """
         x, dtype = w.x, w.precision.dtype
         if w.rates is not None:
             lr, weight_decay = w.rates.to(dtype).unbind(0)
         elif w.skip is None and x.dtype == dtype == d.dtype and not w.cautious:
             x.mul_(1.0 - lr * weight_decay).add_(d, alpha=-lr * scale)
-            return
+            return None
         wide, d = x.to(dtype), d.to(dtype)
         decayed = (1.0 - lr * weight_decay) * wide
         if w.cautious:
             decayed = torch.where(wide.sign() * d.sign() < 0, wide, decayed)
-        found = decayed - lr * scale * d
+        found: Tensor = decayed - lr * scale * d
         if w.draws is None:
             self._store(w, x, found)
-        elif w.skip is None:
+            return None
+        if w.skip is None:
             self.draw(x, found, w.draws)
         else:
             there = x.clone()
             self.draw(there, found, w.draws)
             x.copy_(torch.where(w.skip, x, there))
+        return found
 
     def draw(self, target: Tensor, value: Tensor, draws: Draws) -> None:
         """Writes ``value``, float32, each entry as one of its neighbours in the target's format."""

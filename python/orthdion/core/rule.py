@@ -86,6 +86,7 @@ class Rule:
         tall: wide matrices are seen transposed, so that m ≥ n.
         elementwise: it has no matrices: tensors of any shape are seen as rows.
         checks_gradient: its step finds out by itself whether the gradient has arrived and is finite, on all ranks.
+        compensates: its step is proportional to its momentum, so that errors can be paid back through it ("eco").
         advised: what `orthdion.plan` may choose it as, for the losses that were measured; not inherited.
         averages_factors: where replicas have gradients of their own, it averages factors in place of the gradient.
     """
@@ -101,6 +102,7 @@ class Rule:
     elementwise: ClassVar[bool] = False
     checks_gradient: ClassVar[bool] = False
     averages_factors: ClassVar[bool] = False
+    compensates: ClassVar[bool] = False
     advised: ClassVar[Literal["full rank", "low rank", ""]] = ""
 
     lr: float = number(0.01, 0.0, doc="η, the learning rate. A tensor is read at each step.")
@@ -115,12 +117,14 @@ class Rule:
         "makes no difference.",
     )
     row_variance: float | None = row_variance(None)
-    weight_rounding: Literal["nearest", "stochastic"] = choice(
+    weight_rounding: Literal["nearest", "stochastic", "eco"] = choice(
         "nearest",
         "nearest",
         "stochastic",
-        doc='How weights of bfloat16 and float16 are rounded: "nearest", or "stochastic", up or down as is right on '
-        "average, so that small steps are not lost.",
+        "eco",
+        doc='How weights of bfloat16 and float16 are rounded: "nearest"; "stochastic", up or down as is right on '
+        'average, so that small steps are not lost; "eco", so too, and what is lost goes into AdamW\'s momentum (arXiv '
+        "2601.22101).",
     )
     rounding_seed: int = whole(0, 0, doc="Of stochastic rounding; saved, unlike ``seed``.")
 
@@ -190,6 +194,12 @@ class Rule:
             raise ValueError(
                 "hyperball keeps the norm of weights, so there is no decay to be careful with; leave out "
                 "cautious_weight_decay, or hyperball"
+            )
+        if self.weight_rounding == "eco" and not self.compensates:
+            raise ValueError(
+                "weight_rounding='eco' pays errors back through a momentum that steps are proportional to, and those "
+                f"of {self.name} are of one size whatever the momentum's; use 'stochastic', and 'eco' in groups of "
+                "adamw"
             )
         if self.row_variance is not None and "variance" in self.states:
             raise ValueError(f"{self.name} has a variance of its own, beta2 is its β₂; leave out row_variance")

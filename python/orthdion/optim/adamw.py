@@ -33,6 +33,7 @@ class AdamWRule(Rule):
         "step": StateSpec((), dtype=torch.float32),
     }
     elementwise: ClassVar[bool] = True
+    compensates: ClassVar[bool] = True
 
     lr: float = number(0.001, 0.0, doc="η, the learning rate. A tensor is read at each step.")
     beta1: float = number(0.9, 0.0, 1.0, open_high=True, doc="β₁.")
@@ -41,7 +42,14 @@ class AdamWRule(Rule):
 
     def fused(self, *, diagnostics: bool = False, bfloat16: bool = False) -> Elementwise:
         """What the core is told."""
-        return Elementwise(*self.shared, "adamw", self.beta1, self.beta2, self.epsilon)
+        compensate = self.weight_rounding == "eco"
+        return Elementwise(*self.shared, "adamw", self.beta1, self.beta2, self.epsilon, compensate)
+
+    def check(self) -> None:
+        """Errors are paid back through a momentum."""
+        super().check()
+        if self.weight_rounding == "eco" and self.beta1 == 0.0:
+            raise ValueError("weight_rounding='eco' needs a momentum, but beta1 is 0; use 'stochastic'")
 
     def step(self, w: Matrix) -> Body[Outcome]:
         """``m ← β₁m + (1−β₁)g``, ``v ← β₂v + (1−β₂)g²``, ``D = (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)``"""
@@ -49,8 +57,14 @@ class AdamWRule(Rule):
         m = self.beta1 * w.read("momentum") + (1.0 - self.beta1) * g
         v = self.beta2 * w.read("variance") + (1.0 - self.beta2) * g * g
         first, second = (1.0 - beta ** t.double() for beta in (self.beta1, self.beta2))
-        d = (m / first.to(m.dtype)) / ((v / second.to(v.dtype)).sqrt() + self.epsilon)
-        done: Outcome = yield Update(w, d, self.lr, self.weight_decay, {"momentum": m, "variance": v, "step": t})
+        below = (v / second.to(v.dtype)).sqrt() + self.epsilon
+        d, error = (m / first.to(m.dtype)) / below, None
+        if self.weight_rounding == "eco":
+            lr = torch.tensor(self.lr) if w.rates is None else w.rates[0].to(m.dtype)
+            share = torch.where(lr > 0.0, (1.0 / self.beta1 - 1.0) / lr, 0.0)
+            error = -share * first.to(m.dtype) * below
+        states = {"momentum": m, "variance": v, "step": t}
+        done: Outcome = yield Update(w, d, self.lr, self.weight_decay, states, error=error)
         return done
 
 

@@ -39,9 +39,13 @@ class LowRank(Form):
 
 @dataclass(frozen=True)
 class Elementwise(Form):
-    """Section 6: AdamW (states "momentum", "variance" and the counter "step") or Lion ("momentum")."""
+    """Section 6: AdamW (states "momentum", "variance" and the counter "step") or Lion ("momentum").
+
+    ``compensate``: what rounding X loses goes into AdamW's momentum (section 12).
+    """
 
     rule: Literal["adamw", "lion"]
     beta1: float
     beta2: float
     epsilon: float
+    compensate: bool = False

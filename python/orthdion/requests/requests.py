@@ -451,7 +451,9 @@ class Direction(Request):
 class Update(Request):
     """``X ← (1 − ηλ)X − η·scale·D`` for a whole direction D (or its part here), and new values of states by name.
 
-    A rule that decays by other means passes ``weight_decay=0`` and puts it into D. The answer is the outcome.
+    A rule that decays by other means passes ``weight_decay=0`` and puts it into D. ``error``: what X's rounding error
+    X̃ − X is multiplied by and then added to the state "momentum", where X is rounded by draws. The answer is the
+    outcome.
     """
 
     w: Matrix
@@ -460,3 +462,4 @@ class Update(Request):
     weight_decay: float
     states: dict[str, Tensor]
     scale: float = 1.0
+    error: Tensor | None = None

@@ -46,8 +46,8 @@ def addresses(tensors: Sequence[Tensor]) -> bytes:
 
 
 def counters(draws: Sequence[Draws | None], turned: bool = False) -> tuple[bytes, bytes]:
-    """What up to 64 weights are rounded by, all by draws or none, as they lie (transposed: ``turned``): a ``First`` of
-    rows, and a ``Draws``.
+    """What up to 64 weights are rounded by, all by draws or none, as they lie (transposed: ``turned``): the start of
+    a ``First``, and a ``Draws``.
     """
     found, most = [d for d in draws if d is not None], 1 << 64
     lists: list[list[int]] = [[], [], []]
@@ -57,7 +57,9 @@ def counters(draws: Sequence[Draws | None], turned: bool = False) -> tuple[bytes
             numbers.append(n % most)
     at, row, col = ([*numbers, *[0] * (MATRICES - len(numbers))] for numbers in lists)
     on = int(bool(found))
-    return struct.pack(f"={MATRICES}Qq", *at, on), struct.pack(f"={3 * MATRICES}Qq", *at, *row, *col, on)
+    return struct.pack(f"={MATRICES}Q", *at) + struct.pack("=q", on), struct.pack(
+        f"={3 * MATRICES}Qq", *at, *row, *col, on
+    )
 
 
 @dataclass(frozen=True)

@@ -266,10 +266,11 @@ class CupyBackend(TorchBackend):
             numbers = [float(first.lr), float(first.weight_decay)]
             rates = torch.tensor(numbers, dtype=torch.float64).to(w.x.device)
         skip = _flags([q.b.w.skip for q in qs], w.x.device)
-        residual = [_residual(qs, name) for name in ("alpha", "columns", "rows")]
+        alphas, columns, rows = (_residual(qs, name) for name in ("alpha", "columns", "rows"))
         passes = Passes(device_for(w.x.device), [q.b for q in qs], written=True)
         draws = [q.b.w.draws for q in qs]
-        passes.update(Write(p, v, r, fed, rates, first.scale, first.feedback, w.cautious, skip, *residual, draws))
+        residual = (alphas, columns, rows, draws)
+        passes.update(Write(p, v, r, fed, rates, first.scale, first.feedback, w.cautious, skip, *residual))
         passes.keep(batch([q.q for q in qs]).float(), [q.b.w.state["Q"] for q in qs], skip)
         for q in qs:
             self._keep(q.b.w, q.states)

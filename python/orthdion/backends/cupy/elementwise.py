@@ -27,7 +27,7 @@ def elementwise(matrices: Sequence[Matrix], forms: Sequence[Elementwise], kept: 
     for i, (w, form) in enumerate(zip(matrices, forms, strict=True)):
         if w.x.numel():
             assert w.rates is not None, "steps of this backend read learning rates on the device"
-            numbers = (form.rule, form.beta1, form.beta2, form.epsilon, form.maximize, form.cautious)
+            numbers = (form.rule, form.beta1, form.beta2, form.epsilon, form.maximize, form.cautious, form.compensate)
             key = (w.rates.data_ptr(), numbers, w.draws is None, *(t.dtype for t in _views(w, form)))
             groups.setdefault(key, []).append(i)
     if not groups:
@@ -81,7 +81,8 @@ def _launch(device: Device, matrices: list[Matrix], form: Elementwise) -> Tensor
     corrections = torch.empty(len(matrices), 2, dtype=torch.float64, device=flags.device)
     if not lion:
         device.launch("advance", (1,), 64, packed, shared, flags, corrections)
-    drawn = counters([w.draws for w in matrices])[0]
+    draws = [w.draws for w in matrices]
+    drawn = counters(draws)[0] + pack(form.compensate and draws[0] is not None)
     device.launch("elementwise", (chunks[-1],), 256, packed, shared, flags, corrections, drawn)
     for t, dense in copied:
         t.copy_(dense)

@@ -15,9 +15,10 @@ struct Rule {
 };
 
 // Where `on`, the counter by which the first entry of each tensor is rounded; the others' follow in order.
+// `compensate`: what that loses goes into AdamW's m, m ← m − (1/β₁ − 1)·(x̃ − x)·c₁·(√(v/c₂) + ε)/η.
 struct First {
   u64 at[MATRICES];
-  i64 on;
+  i64 on, compensate;
 };
 
 constexpr u64 STEP = 0x9e3779b97f4a7c15ull;  // between counters
@@ -77,11 +78,12 @@ extern "C" __global__ void __launch_bounds__(256) elementwise(
     correct2 = (float)fetch(corrections + 2 * i + 1);
   }
   float keep = (float)(1.0 - lr * decay), b1 = (float)rule.beta1, b2 = (float)rule.beta2;
+  float share = correct1 > 0.0f ? (float)((1.0 / rule.beta1 - 1.0) / correct1) : 0.0f;
   float c1 = (float)(1.0 - rule.beta1), c2 = (float)(1.0 - rule.beta2), sign = (float)rule.sign;
   i64 from = ((i64)blockIdx.x - t.chunk0[i]) * CHUNK, to = from + CHUNK < t.entries[i] ? from + CHUNK : t.entries[i];
   for (i64 at = from + threadIdx.x * 4; at < to; at += 1024) {
     int n = (int)(to - at < 4 ? to - at : 4);
-    float x[4], g[4], m[4], v[4];
+    float x[4], g[4], m[4], v[4], gain[4] = {0, 0, 0, 0};
     fetch4(t.x[i], at, n, (int)rule.type_x, x);
     fetch4(t.g[i], at, n, (int)rule.type_g, g);
     fetch4(t.m[i], at, n, (int)rule.type_m, m);
@@ -98,10 +100,16 @@ extern "C" __global__ void __launch_bounds__(256) elementwise(
         v[e] = b2 * v[e] + c2 * push * push;
         float root = sqrtf(v[e]) / correct2 + (float)rule.epsilon;
         x[e] = decayed(x[e], m[e], keep, rule.cautious) - correct1 * m[e] / root;
+        gain[e] = root;
       }
     }
     if (first.on) put4_drawn(t.x[i], at, n, (int)rule.type_x, x, first.at[i] + (u64)at * STEP, STEP);
     else put4(t.x[i], at, n, (int)rule.type_x, x);
+    if (first.compensate && correct1 > 0.0f) {
+      fetch4(t.x[i], at, n, (int)rule.type_x, g);  // as it was rounded
+#pragma unroll
+      for (int e = 0; e < 4; e++) m[e] -= share * gain[e] * (x[e] - g[e]);
+    }
     put4(t.m[i], at, n, (int)rule.type_m, m);
     if (!rule.lion) put4(t.v[i], at, n, (int)rule.type_m, v);
   }
