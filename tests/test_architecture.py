@@ -20,7 +20,7 @@ FLOORS = [
     {"linalg"},
     {"core"},
     {"optim"},
-    {"captured", "grouping", "functional", "diagnostics"},
+    {"captured", "checkpoints", "grouping", "functional", "diagnostics"},
     {"create"},
     {"doctor", "integrations", "plan", "selftest", "train"},
     {"cli", "__init__"},

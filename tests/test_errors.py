@@ -43,7 +43,7 @@ NAN = float("nan")
         ({"q_dtype": torch.complex64}, TypeError, "q_dtype"),
         ({"compute_dtype": torch.float16}, ValueError, "compute_dtype"),
         ({"backend": "cuda"}, ValueError, "backend"),
-        ({"replicate_mesh": object()}, TypeError, "replicate_mesh"),
+        ({"replicate_mesh": 7}, TypeError, "replicate_mesh"),
     ],
     ids=str,
 )

@@ -96,7 +96,7 @@ RELATIVES = {
     "dion2": {"fraction": 0.25, "ef_decay": 0.9},
     "dion3": {"fraction": 0.25, "ef_decay": 0.9, "beta2": 0.95},
     "muon": {"mu": 0.9},
-    "normuon": {"mu": 0.9, "beta2": 0.95},
+    "normuon": {"mu": 0.9, "row_variance": 0.95},
 }
 
 

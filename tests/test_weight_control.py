@@ -212,7 +212,48 @@ def test_row_variance_is_a_state_so_it_is_not_edited_and_single_steps_have_both(
 
 
 def test_curvadion_has_neither_in_local_gradient_steps():
-    o = orthdion.CurvaDion([parameter(randn(8, 6), randn(8, 6, seed=1))], hyperball=True)
     with pytest.raises(ValueError, match="local_step='dion'"):
+        orthdion.CurvaDion([parameter(randn(8, 6))], row_variance=0.9)
+    orthdion.CurvaDion([parameter(randn(8, 6), randn(8, 6, seed=1))], row_variance=0.9, local_step="dion").step()
+
+
+@pytest.mark.parametrize("option", ["hyperball", "adaptive_rank"])
+def test_curvadion_refuses_what_replicas_apart_cannot_keep(option):
+    with pytest.raises(ValueError, match=option):
+        orthdion.CurvaDion([parameter(randn(80, 60))], **{option: True}, local_step="dion")
+    o = orthdion.CurvaDion([parameter(randn(80, 60))], local_step="dion")
+    p = parameter(randn(80, 60), randn(80, 60, seed=1))
+    o.add_param_group({"params": [p], option: True})
+    with pytest.raises(ValueError, match=option):
         o.step()
-    orthdion.CurvaDion([parameter(randn(8, 6), randn(8, 6, seed=1))], hyperball=True, local_step="dion").step()
+
+
+def test_muon_and_normuon_take_over_from_each_other_with_their_own_variance():
+    """From NorMuon Muon goes on without; the other way round the variance is missing. Nothing of one is left behind."""
+    made = {}
+    for name in ("muon", "normuon"):
+        p = parameter(randn(8, 6), randn(8, 6, seed=1))
+        made[name] = (orthdion.create(name, [p]), p)
+        made[name][0].step()
+    muon, p = made["muon"]
+    muon.load_state_dict(made["normuon"][0].state_dict(), algorithms={"normuon": "muon"})
+    assert muon.param_groups[0]["row_variance"] is None and "variance" not in muon.state[p]
+    muon.step()
+    with pytest.raises(ValueError, match="has no variance"):
+        made["normuon"][0].load_state_dict(muon.state_dict(), algorithms={"muon": "normuon"})
+
+
+def test_options_are_loaded_with_the_states_that_they_need():
+    p, q = (parameter(randn(80, 60), randn(80, 60, seed=1)) for _ in range(2))
+    saved = orthdion.OrthDion([p], row_variance=0.9, adaptive_rank=True)
+    saved.step()
+    plain = orthdion.OrthDion([q])
+    plain.load_state_dict(saved.state_dict())
+    assert plain.param_groups[0]["row_variance"] == 0.9 and torch.equal(
+        plain.state[q]["variance"], saved.state[p]["variance"]
+    )
+    assert float(plain.state[q]["effective_rank"]) == float(saved.state[p]["effective_rank"]) > 0.0
+    q.data.copy_(p.detach())
+    saved.step()
+    plain.step()
+    assert torch.equal(p, q)

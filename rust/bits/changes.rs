@@ -60,9 +60,9 @@ pub fn pack_changes<T: Coded>(cx: Context, jobs: Vec<(Format, Changes<T>, &mut [
     Ok(())
 }
 
-/// One rank's rows among others': `(format, ranks, own, bytes, changes, bytes)`. The first bytes are all ranks' changes,
-/// one's behind the other's, of which the rank's `own` are not read. H is the mean of the others' matrices before these,
-/// T its own; the second bytes are overwritten by the mean of all.
+/// One rank's rows among others': `(format, ranks, own, bytes, changes, bytes)`. The first bytes are all ranks'
+/// changes, one's behind the other's, of which the rank's `own` are not read. H is the mean of the others' matrices
+/// before these, T its own; the second bytes are overwritten by the mean of all.
 ///
 /// # Errors
 /// As [`pack_changes`]; [`Error::Value`] if there is no rank `own`.

@@ -59,16 +59,19 @@ Check = Callable[[str, Any], Any]
 
 @dataclass(frozen=True)
 class Option:
-    """What a field may be, what it means, and whether states depend on it, so that it cannot be edited later."""
+    """What a field may be, what it means, and whether states depend on it, so that it cannot be edited later. ``here``:
+    it belongs to where a run is, not to what it has learnt, so that a checkpoint's is not loaded.
+    """
 
     check: Check
     doc: str
     structural: bool = False
+    here: bool = False
 
 
-def option(default: Any, check: Check, doc: str, structural: bool = False) -> Any:
+def option(default: Any, check: Check, doc: str, structural: bool = False, here: bool = False) -> Any:
     """A field with a check of its own: called with the name and the value, it returns what is kept, or raises."""
-    return field(default=default, metadata={"option": Option(check, doc, structural)})
+    return field(default=default, metadata={"option": Option(check, doc, structural, here)})
 
 
 def number(

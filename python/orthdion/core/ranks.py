@@ -9,7 +9,7 @@ columns; that it has another one than before is all that the rest of an optimize
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ class Ranks:
     """What steps have observed and nobody has drawn conclusions from, by parameter, in the order of its matrices."""
 
     _seen: dict[Tensor, list[Tensor | None]] = field(default_factory=dict)
-    _arriving: tuple[Tensor, Any] | None = None
+    _arriving: dict[torch.device, tuple[Tensor, Any]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self._seen)
@@ -105,22 +105,27 @@ class Ranks:
 
     def send(self) -> bool:
         """Sends what is on a device to the host; whether all of it is there at once."""
-        there = [t for seen in self._seen.values() for t in seen if t is not None and t.device.type == "cuda"]
-        if there:
-            numbers = torch.cat(there)
-            here = torch.empty_like(numbers, device="cpu", pin_memory=True)
-            here.copy_(numbers, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._arriving = here, event
+        there: dict[torch.device, list[Tensor]] = {}
+        for t in (t for seen in self._seen.values() for t in seen if t is not None):
+            if t.device.type == "cuda":
+                there.setdefault(t.device, []).append(t)
+        for device, spectra in there.items():
+            with torch.cuda.device(device):
+                numbers = torch.cat(spectra)
+                here = torch.empty_like(numbers, device="cpu", pin_memory=True)
+                here.copy_(numbers, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+            self._arriving[device] = here, event
         return not there
 
     def settle(self, entries: dict[int, Entry], state: Any, rules: dict[int, Rule], seed: int) -> None:
         """Gives every parameter that was observed its next rank; waits for what was sent."""
-        if self._arriving is not None:
-            self._arriving[1].synchronize()
-        sent = iter(self._arriving[0].tolist() if self._arriving is not None else ())
-        seen, self._seen, self._arriving = self._seen, {}, None
+        sent = {}
+        for device, (here, event) in self._arriving.items():
+            event.synchronize()
+            sent[device] = iter(here.tolist())
+        seen, self._seen, self._arriving = self._seen, {}, {}
         for p, spectra in seen.items():
             numbers = [_numbers(t, sent) for t in spectra]
             entry = entries.get(id(p))
@@ -131,11 +136,11 @@ class Ranks:
                 _follow(entry, rules[id(entry.group)], state[p], numbers, sum(found) / len(found), seed)
 
 
-def _numbers(t: Tensor | None, sent: Any) -> list[float]:
+def _numbers(t: Tensor | None, sent: dict[torch.device, Iterator[float]]) -> list[float]:
     if t is None:
         return []
     if t.device.type == "cuda":
-        return [next(sent) for _ in range(t.numel())]
+        return [next(sent[t.device]) for _ in range(t.numel())]
     found: list[float] = t.tolist()
     return found
 

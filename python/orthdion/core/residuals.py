@@ -82,10 +82,13 @@ def sent_residual(
     if bits != 1:
         t = yield CompressedMean(t, w.layout.replicas, bits, "residual")
         return (yield from _known_residual(w, left, r, of_columns, t, kind, scale)), {}
-    t, memory = yield CompressedMean(t, w.layout.replicas, bits, "residual", w.read(MEMORY), fade)
+    # T is at B's size, which changes; what is remembered is at M's.
+    t, memory = yield CompressedMean(t, w.layout.replicas, bits, "residual", _times(w.read(MEMORY), left.b.size), fade)
     # One bit has no zero: where no replica has anything in a column, R̄'s row is zero, and so is the column.
     t = yield Map(_where_captured, (t, of_columns))
-    return (yield from _known_residual(w, left, r, of_columns, t, kind, scale)), {MEMORY: memory}
+    return (yield from _known_residual(w, left, r, of_columns, t, kind, scale)), {
+        MEMORY: _times(memory, 1.0 / left.b.size)
+    }
 
 
 def _known_residual(
@@ -111,6 +114,13 @@ def _known_residual(
     numbers = (noise.residual, noise.fade, goal)
     lengths = yield Map(_row_scales, (raw, scaled, rows, missed + captured, captured, count), numbers)
     return Residual(columns=inverse, rows=lengths, given=t)
+
+
+def _times(t: Tensor, size: float | Tensor) -> Tensor:
+    """In the format of ``t``; a number that is 1 takes no pass."""
+    if isinstance(size, Tensor):
+        return t * size.to(t.dtype)
+    return t if size == 1.0 else t * size
 
 
 def _where_captured(t: Tensor, of_columns: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from ..requests import Body, Form, Layout, Matrix, Outcome
 from .options import check_number, choice, flag, number, option, whole
 
-__all__ = ["OF_MATRICES", "Axis", "Rule", "StateSpec", "States", "row_variance"]
+__all__ = ["LATE", "OF_MATRICES", "ON_DEMAND", "Axis", "Rule", "StateSpec", "States", "row_variance"]
 
 Axis = Literal["rows", "cols", "rank", "out"]
 
@@ -56,6 +56,11 @@ class StateSpec:
 
 
 States = dict[str, StateSpec]
+
+#: States that options or layouts ask for. Where they do not, a checkpoint's are not taken along.
+ON_DEMAND = frozenset({"effective_rank", "memory", "variance"})
+#: Those that start afresh where a checkpoint has none.
+LATE = ON_DEMAND - {"variance"}
 
 
 def _check_share(name: str, value: Any) -> Any:

@@ -21,7 +21,7 @@ from .entries import Entry
 from .fold import SHAPE_KEYS
 from .gradients import mean_over
 from .options import names_of, options_of, unpack_betas
-from .ranks import Ranks
+from .ranks import Ranks, refuse
 from .registry import find, rules
 from .resolved import Resolved
 from .rule import Rule
@@ -176,6 +176,9 @@ class SavedOptimizer(Optimizer):
                         state = {**state, "step": torch.tensor(float(saved["step"]), dtype=torch.float32)}
                     name = self._name(p)
                     self._warn_of_nan(name, state)
+                    if (why := rule.unsupported(entry.layout)) is not None:
+                        raise ValueError(f"{name}: {why}")
+                    refuse(name, rule, entry.fold, entry.placed)
                     kept = rule.kept_in(entry.layout)
                     loaded[p] = states.fitted(
                         name, p, entry.fold, entry.placed, rule, kept, self._formats, self.state[p], state
@@ -254,6 +257,7 @@ def _merged(
             f"alike first, or say that the states are to go on so: load_state_dict(…, algorithms="
             f"{{{saved['algorithm']!r}: {own['algorithm']!r}}})"
         )
+    switched = saved.get("algorithm", name) != name
     saved["algorithm"] = name
     for key in SHAPE_KEYS:
         if key in saved and (tuple(saved[key]) if isinstance(saved[key], list) else saved[key]) != own[key]:
@@ -266,7 +270,10 @@ def _merged(
     others = {option for r in rules().values() for option in names_of(r)} - {*known}
     saved = {k: v for k, v in saved.items() if k not in others}  # microsoft/dion puts every option into every group
     for option, what in options_of(rule).items():
-        if option in saved:
+        # Muon and NorMuon are one rule with another value of row_variance, which is why one takes over from the other.
+        if what.here or (option == "row_variance" and switched):
+            saved.pop(option, None)
+        elif option in saved:
             saved[option] = what.check(option, saved[option])
     result = {**{k: v for k, v in own.items() if k != "params"}, **saved}
     plain: dict[str, Any] = {k: float(v) if isinstance(v, Tensor) else v for k, v in result.items() if k in known}

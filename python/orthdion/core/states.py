@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed import Placed, is_dtensor, local
 from .fold import Copies, Fold
-from .rule import Axis, Rule, States, StateSpec
+from .rule import ON_DEMAND, Axis, Rule, States, StateSpec
 from .starts import Orthonormal, generator
 
 __all__ = ["Formats", "Sides", "Stored", "base_name", "fitted", "initial", "stored", "write_orthonormal"]
@@ -267,12 +267,11 @@ def fitted(
     """
     usual_sides = Sides((), ()) if fold is None else Sides.of(fold, rule)
     usual = stored(fold, states, usual_sides, (name, p, placed))
-    extra = {key: kept for key, kept in usual.items() if kept.name not in rule.kept}
-    # What only the host follows starts with the option that asks for it.
-    saved = {**{k: current[k] for k, kept in usual.items() if kept.state.host and k in current}, **saved}
-    if extra.keys() - (saved.keys() & current.keys()):
-        fresh = initial(p, fold, usual_sides, placed, extra, formats, None, 0)
-        current, saved = {**fresh, **current}, {**fresh, **saved}
+    # What only some layouts need, and what only the host follows, starts afresh where it was not saved.
+    late = {k for k, kept in usual.items() if kept.state.host or kept.name not in rule.kept} - saved.keys()
+    if absent := {k: kept for k, kept in usual.items() if k in late or k not in current}:
+        fresh = initial(p, fold, usual_sides, placed, absent, formats, None, 0)
+        current, saved = {**fresh, **current}, {**{k: fresh[k] for k in late}, **saved}
     if missing := usual.keys() - saved.keys():
         raise ValueError(
             f"the loaded state of {name} has no {', '.join(sorted(missing))} (it has {', '.join(saved)}); "
@@ -287,7 +286,8 @@ def fitted(
             raise ValueError(f"the loaded state of {name}: {e}") from None
         if all(r <= min(m, fold.cols) for r, m in zip(sides.ranks, fold.sizes, strict=True)):
             layout = stored(fold, states, sides, (name, p, placed))
-    result: dict[str, Any] = {k: v for k, v in saved.items() if k not in usual}
+    others = usual.keys() | ON_DEMAND
+    result: dict[str, Any] = {k: v for k, v in saved.items() if base_name(k) not in others and k not in usual}
     for key, kept in layout.items():
         if tuple(new[key].shape) != tuple(kept.shape):
             raise ValueError(

@@ -68,7 +68,7 @@ def drawn(t: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
     probability that is right on average. What is beyond the range becomes the largest number.
     """
     bits = t.contiguous().view(torch.int32).long()
-    size, most = bits & 0x7FFFFFFF, torch.tensor(torch.finfo(dtype).max).view(torch.int32).item()
+    size, most = bits & 0x7FFFFFFF, torch.tensor(torch.finfo(dtype).max, dtype=torch.float32).view(torch.int32).item()
     lost, size = size > 0x7F800000, size.clamp_max(int(most))
     if dtype == torch.bfloat16:
         found = ((size + (words >> 16) & ~0xFFFF).int().view(torch.float32)).to(dtype)

@@ -60,7 +60,7 @@ class AdamWRule(Rule):
         below = (v / second.to(v.dtype)).sqrt() + self.epsilon
         d, error = (m / first.to(m.dtype)) / below, None
         if self.weight_rounding == "eco":
-            lr = torch.tensor(self.lr) if w.rates is None else w.rates[0].to(m.dtype)
+            lr = torch.tensor(self.lr, dtype=m.dtype) if w.rates is None else w.rates[0].to(m.dtype)
             share = torch.where(lr > 0.0, (1.0 / self.beta1 - 1.0) / lr, 0.0)
             error = -share * first.to(m.dtype) * below
         states = {"momentum": m, "variance": v, "step": t}

@@ -31,6 +31,11 @@ from .dion import DionRule
 __all__ = ["CompletedDion", "CompletedDionRule"]
 
 
+#: The most that replicas remember from one step to the next of what they have sent: what they and owners add up drifts
+#: apart by rounding, for as long as it lasts. M's own share where that is less.
+_FADE = 0.99
+
+
 def _check_bits(name: str, value: Any) -> Any:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value in (1, 4)):
         return value
@@ -76,6 +81,7 @@ class CompletedDionRule(DionRule):
         "Bits an entry that the residual travels in where only factors are averaged (``replicate_mesh``): 4, or 1 and "
         "a state as large as the momentum. None: not at all, so that there gradients must be.",
         structural=True,
+        here=True,
     )
 
     @classmethod
@@ -144,7 +150,7 @@ class CompletedDionRule(DionRule):
         found = yield from figures(w, left.b, r, v, null)
         wanted, states = (self.residual, self.residual_scale), dict[str, Tensor]()
         if kept:
-            residual, states = yield from sent_residual(w, left, r, mine, *wanted, self.residual_bits, a)
+            residual, states = yield from sent_residual(w, left, r, mine, *wanted, self.residual_bits, min(a, _FADE))
         else:
             residual = yield from exact_residual(w, left, r, *wanted)
         q = yield from next_q(w, left, self.right_factor, v, null)
@@ -176,9 +182,9 @@ class CompletedDion(MatrixOptimizer, rule=CompletedDionRule):
         X &\leftarrow (1 - \eta\lambda) X - \eta \sqrt{m/n}\; D \\
         M &\leftarrow a M - (a - b) P (M^\top P)^\top, \qquad Q \leftarrow \mathrm{orth}(R), \qquad d = \min(m, n)
 
-    The first r singular values of the step are 1, the others have a root mean square of c. It saves computation, not
-    communication: it needs gradients that are already synchronised, as one process, FSDP, tensor parallel and plain DDP
-    have them.
+    The first r singular values of the step are 1, the others have a root mean square of c. It saves computation: it
+    takes gradients that are already synchronised, as one process, FSDP, tensor parallel and plain DDP have them. With
+    ``residual_bits`` it saves communication too.
 
     Example:
         >>> optimizer = orthdion.CompletedDion(orthdion.param_groups(model), lr=0.02)

@@ -110,10 +110,17 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
         self._since = self._steps = self._synchronised = self._forced = 0
         self._drift = self._largest = 0.0
         super().__init__(params, replicate_mesh, *args, **options)
-        if any(group.get("adaptive_rank") for group in self.param_groups):
-            raise ValueError(
-                "adaptive_rank: replicas that step apart would choose ranks apart; use orthdion.Dion, or leave it False"
-            )
+        for rule in self._rules().values():
+            self._check(rule)
+
+    def _check(self, rule: Rule) -> None:
+        """Refuses what replicas that step apart cannot have, with the remedy."""
+        ranks, norms = "would choose ranks apart", "have weights whose mean is shorter than they are"
+        for option, why in (("adaptive_rank", ranks), ("hyperball", norms)):
+            if getattr(rule, option, False):
+                raise ValueError(f"{option}: replicas that step apart {why}; use orthdion.Dion, or leave it False")
+        if (rule.controlled or rule.weight_rounding != "nearest") and self._local_step == "gradient":
+            raise ValueError("row_variance and weight_rounding need local_step='dion': no other is a step of Dion")
 
     def synchronisation(self) -> Synchronisation:
         """How often replicas have met, and how far apart they were."""
@@ -134,11 +141,7 @@ class CurvaDion(MatrixOptimizer, rule=DionRule):
     def _advance(self, given: Sequence[Given], rules: dict[int, Rule]) -> None:
         for one in given:
             rule = rules[id(one.entry.group)]
-            if (rule.controlled or rule.weight_rounding != "nearest") and self._local_step == "gradient":
-                raise ValueError(
-                    "hyperball, row_variance and weight_rounding are for steps of Dion, which local_step='gradient' "
-                    "does not take; use local_step='dion', or leave them out"
-                )
+            self._check(rule)
             self._fit(one.entry, rule)
         self._largest = self._change(given)
         forced = self._since + 1 >= self._max_interval

@@ -71,7 +71,9 @@ def load(out: Path, meta: dict[str, Any], model: nn.Module, optimizers: list[Opt
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+    from ..checkpoints import LayoutPlanner
+
     weights, states = get_state_dict(model, optimizers)
     whole: dict[str, Any] = {"model": weights, "optimizers": states}
-    dcp_load(whole, checkpoint_id=str(out / meta["folder"]))
+    dcp_load(whole, checkpoint_id=str(out / meta["folder"]), planner=LayoutPlanner())
     set_state_dict(model, optimizers, model_state_dict=whole["model"], optim_state_dict=whole["optimizers"])
