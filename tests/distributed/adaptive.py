@@ -22,8 +22,12 @@ from cases import (
     state_errors,
 )
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import orthdion
+from orthdion.checkpoints import LayoutPlanner
 
 SHAPES = [(64, 48), (48, 80), (61, 43)]
 STEPS = 8
@@ -178,3 +182,70 @@ def a_stack_that_is_shared_out() -> str:
     except NotImplementedError as e:
         return str(e)
     return ""
+
+
+def through_dcp(folder: str, broken_off: int) -> tuple[list[int], float, str]:
+    """A sharded run is saved by torch.distributed.checkpoint and goes on in an optimizer made anew, which has other
+    ranks: the ranks loaded, the distance from the unbroken run, and what is said where the planner is torch's own.
+    """
+
+    def made(adaptive: bool = True) -> tuple[torch.nn.Module, Any]:
+        model = torch.nn.Module()
+        for i, s in enumerate(SHAPES):
+            x = sharded(randn(*s, seed=5 + i, dtype=torch.float64), mesh((-1,)), (Shard(0),))
+            model.register_parameter(f"p{i}", torch.nn.Parameter(x))
+        options = {"optimizer": "orth-dion", "rank_fraction": 0.5, "feedback": "pure"}
+        return model, build(list(model.parameters()), options, adaptive_rank=adaptive)
+
+    def run(model: torch.nn.Module, o: Any, steps: range) -> None:
+        for k in steps:
+            for i, p in enumerate(model.parameters()):
+                p.grad = sharded(gradient(SHAPES[i], k, i), mesh((-1,)), (Shard(0),))
+            o.step()
+
+    first, o = made()
+    run(first, o, range(broken_off))
+    weights, states = get_state_dict(first, o)
+    dcp_save({"model": weights, "optimizer": states}, checkpoint_id=folder)
+    again, p = made()
+    weights, states = get_state_dict(again, p)
+    state = {"model": weights, "optimizer": states}
+    try:
+        dcp_load(dict(state), checkpoint_id=folder)
+        said = ""
+    except Exception as e:
+        said = str(e)
+    dcp_load(state, checkpoint_id=folder, planner=LayoutPlanner())
+    set_state_dict(again, p, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    loaded = ranks(p, list(again.parameters()))
+    for model, optimizer in ((first, o), (again, p)):
+        run(model, optimizer, range(broken_off, STEPS))
+    return loaded, max(distance(x, full(y)) for x, y in zip(again.parameters(), first.parameters(), strict=True)), said
+
+
+def late_states_through_dcp(folder: str) -> tuple[bool, str]:
+    """From an optimizer without ``adaptive_rank`` into one with it: whether the running mean starts afresh, and what is
+    said of a state that must not be missing.
+    """
+    model = torch.nn.Module()
+    x = sharded(randn(64, 48, dtype=torch.float64), mesh((-1,)), (Shard(0),))
+    model.register_parameter("p", torch.nn.Parameter(x))
+    options = {"optimizer": "orth-dion", "rank_fraction": 0.5}
+    for adaptive in (False, True):
+        o = build(list(model.parameters()), options, adaptive_rank=adaptive)
+        model.p.grad = sharded(gradient((64, 48), 0, 0), mesh((-1,)), (Shard(0),))
+        o.step()
+        weights, states = get_state_dict(model, o)
+        state = {"model": weights, "optimizer": states}
+        if not adaptive:
+            dcp_save(state, checkpoint_id=folder)
+    dcp_load(state, checkpoint_id=folder, planner=LayoutPlanner())
+    set_state_dict(model, o, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    afresh = "effective_rank" not in o.state[model.p] or float(o.state[model.p]["effective_rank"]) == 0.0
+    o = build(list(model.parameters()), options, row_variance=0.9)
+    weights, states = get_state_dict(model, o)
+    try:
+        dcp_load({"model": weights, "optimizer": states}, checkpoint_id=folder, planner=LayoutPlanner())
+        return afresh, ""
+    except Exception as e:
+        return afresh, str(e)

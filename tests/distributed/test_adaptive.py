@@ -61,3 +61,14 @@ def test_stacks_and_parts_change_their_rank_together(world):
 def test_a_stack_of_which_ranks_hold_different_matrices_is_refused(world):
     for words in world(2).run(adaptive.a_stack_that_is_shared_out):
         assert "adaptive_rank=False" in words
+
+
+def test_a_distributed_checkpoint_brings_its_ranks_along(world, tmp_path):
+    for loaded, error, plain in world(2).run(adaptive.through_dcp, str(tmp_path), 3):
+        assert loaded == [32, 32, 24] and error < 1e-9
+        assert "ize mismatch" in plain
+
+
+def test_a_distributed_checkpoint_may_lack_what_starts_afresh_and_nothing_else(world, tmp_path):
+    for afresh, said in world(2).run(adaptive.late_states_through_dcp, str(tmp_path)):
+        assert afresh and "the checkpoint has no" in said and "variance" in said
