@@ -6,6 +6,7 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin reads the marks
 def pytest_collection_modifyitems(items):
     """With several workers (pytest -n 2 --dist loadgroup) a file's tests stay together, and so do those with process
     groups, which would take each other's time.
