@@ -16,7 +16,7 @@ WORKERS ?= 2
 test: $(VENV)/built
 	cargo test --locked
 	ORTHDION_ISA=portable cargo test --locked --quiet -- qr:: step::
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 # What make test leaves out, too: long grids, sanitizers, more architectures.
 test-all: test

@@ -6,14 +6,19 @@ import pytest
 import torch
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin reads the marks
-def pytest_collection_modifyitems(items):
-    """With several workers (pytest -n 2 --dist loadgroup) a file's tests stay together, and so do those with process
-    groups, which would take each other's time.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several workers (pytest -n 2) a file's tests stay together, and so do all those with process groups, which
+    would take each other's time.
     """
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "distributed" else item.path.name))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "tests/distributed" if file.startswith("tests/distributed/") else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
