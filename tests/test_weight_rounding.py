@@ -254,3 +254,17 @@ def test_what_cannot_draw_says_so(monkeypatch):
     o = orthdion.Muon([parameter(x, randn(6, 4, dtype=torch.bfloat16))], weight_rounding="stochastic")
     with pytest.raises(RuntimeError, match="a captured graph would freeze"):
         o.step()
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("name", "rounding"), [("muon", "stochastic"), ("adamw", "stochastic"), ("adamw", "eco")])
+def test_torchs_default_dtype_changes_no_bit(default, name, rounding):
+    for backend in ("rust", "torch"):
+        before, _ = trained(name, weight_rounding=rounding, backend=backend)
+        params = [parameter(randn(*s, seed=i, dtype=torch.bfloat16)) for i, s in enumerate(SHAPES)]
+        torch.set_default_dtype(default)
+        try:
+            after, _ = trained(name, params=params, weight_rounding=rounding, backend=backend)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
