@@ -11,12 +11,12 @@ SOURCES := $(shell find rust -name '*.rs') Cargo.toml pyproject.toml
 demo: $(VENV)/built
 	$(BIN)/orthdion compare --preset demo --out runs/demo
 
-# Tests of Python run in so many workers; those that start process groups in one of them.
+# Tests of Python run in so many workers, a file's in one of them.
 WORKERS ?= 2
 test: $(VENV)/built
 	cargo test --locked
 	ORTHDION_ISA=portable cargo test --locked --quiet -- qr:: step::
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # What make test leaves out, too: long grids, sanitizers, more architectures.
 test-all: test

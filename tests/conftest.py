@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -6,19 +7,10 @@ import pytest
 import torch
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """With several workers (pytest -n 2) a file's tests stay together, and so do all those with process groups, which
-    would take each other's time.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
-            return "tests/distributed" if file.startswith("tests/distributed/") else file
-
-    return ByFile(config, log)
+@pytest.fixture(autouse=True, scope="session")
+def interrupts():
+    """Python's own handler of SIGINT: workers of pytest-xdist ignore it, and so would every process that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

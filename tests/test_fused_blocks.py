@@ -90,7 +90,7 @@ def test_parts_are_stepped_like_parameters_of_their_own(name, case, backend):
     for p, w in zip(separate, states_of(o, fused, case), strict=True):
         for key, t in alone.state[p].items():
             start = w.state[base_name(key)]
-            if OPTIMIZERS[name].rule.states[base_name(key)].start == "orthonormal":
+            if OPTIMIZERS[name].rule().kept[base_name(key)].start == "orthonormal":
                 assert start.shape[1] == t.shape[1]
                 t.copy_(start)
     for k in range(4):

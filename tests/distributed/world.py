@@ -11,8 +11,8 @@ import traceback
 from datetime import timedelta
 from typing import Any
 
-#: For a case, and for every rank to come up on a busy machine.
-SECONDS, START_SECONDS = 40, 180
+#: For a case, for every rank to come up on a busy machine, and for one collective.
+SECONDS, START_SECONDS, COLLECTIVE_SECONDS = 120, 240, 40
 #: What the processes have imported before they are forked off: once for all worlds of a session.
 _PRELOADED = ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch.nn.parallel", "orthdion"]
 
@@ -26,7 +26,9 @@ def serve(rank: int, size: int, file: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     store = dist.FileStore(file, size)
-    dist.init_process_group("gloo", rank=rank, world_size=size, store=store, timeout=timedelta(seconds=SECONDS))
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=size, store=store, timeout=timedelta(seconds=COLLECTIVE_SECONDS)
+    )
     pipe.send((True, "ready"))
     while True:
         try:
