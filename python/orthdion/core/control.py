@@ -19,7 +19,7 @@ from .rule import Rule
 
 __all__ = ["EPSILON", "body", "even_rows"]
 
-#: ε of :func:`even_rows` where a rule has none of its own.
+#: ε of :func:`even_rows` as an option.
 EPSILON = 1e-7
 
 _Last = Update | LowRankUpdate
