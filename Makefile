@@ -11,12 +11,13 @@ SOURCES := $(shell find rust -name '*.rs') Cargo.toml pyproject.toml
 demo: $(VENV)/built
 	$(BIN)/orthdion compare --preset demo --out runs/demo
 
-# Tests of Python run in so many workers, a file's in one of them.
+# Tests of Python run in so many workers, a file's in one of them; those of process groups fill two cores by themselves.
 WORKERS ?= 2
 test: $(VENV)/built
 	cargo test --locked
 	ORTHDION_ISA=portable cargo test --locked --quiet -- qr:: step::
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/distributed
+	$(BIN)/python -m pytest tests/distributed
 
 # What make test leaves out, too: long grids, sanitizers, more architectures.
 test-all: test
